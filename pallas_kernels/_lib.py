@@ -1,0 +1,92 @@
+"""What every Pallas twin needs and none should spell out: sizes, checks, the swizzled tile, the row pitch.
+
+Kernel files call these as module attributes (`_lib.num_sms()`), so that a compile-only gate can answer for a
+GPU that is not there.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP = 128  # lanes of a warpgroup, which Pallas calls one thread
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def num_sms() -> int:
+    """Number of streaming multiprocessors: the grid of a persistent kernel.
+
+    The interpreter answers 2, so that a persistent loop takes several trips on a small array too.
+
+    Raises NotImplementedError on a GPU that is not a Hopper: Mosaic GPU code with wgmma is for sm_90 alone.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return 2
+    if device.compute_capability != "9.0":
+        raise NotImplementedError(
+            f"pallas_kernels need a Hopper GPU (compute capability 9.0), got {device.device_kind} "
+            f"({device.compute_capability}); the Triton twins run from Ampere up"
+        )
+    return device.core_count
+
+
+def bits(dtype: Any) -> int:
+    """Bits of one element, sub-byte types included."""
+    dtype = jnp.dtype(dtype)
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
+
+
+def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:
+    """Transforms of a shared-memory tile that TMA writes and wgmma reads without bank conflicts.
+
+    The tile is cut in pieces of 8 rows x one swizzle row: 128 bytes, or less where `columns` is smaller.
+    """
+    swizzle = 128 if columns is None else plgpu.find_swizzle(columns * bits(dtype))
+    return (plgpu.TilingTransform((8, 8 * swizzle // bits(dtype))), plgpu.SwizzleTransform(swizzle))
+
+
+def pad_pitch(x: jax.Array) -> jax.Array:
+    """x, its last dimension padded with zeros until rows start at multiples of 16 bytes, as TMA wants them."""
+    multiple = 128 // bits(x.dtype)
+    extra = -x.shape[-1] % multiple
+    if not extra:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+
+
+def check_array(
+    name: str, x: Any, shape: tuple[int | str, ...], dtypes: tuple[Any, ...] | None
+) -> None:
+    """Raises unless x is an array of that rank, those sizes (a letter stands for any) and one of those dtypes."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name}: expected a JAX array, got {type(x).__name__}")
+    fits = len(x.shape) == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        letters = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{letters}], got {list(x.shape)}")
+    if dtypes is not None and jnp.dtype(x.dtype) not in [jnp.dtype(dtype) for dtype in dtypes]:
+        names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {names}, got {jnp.dtype(x.dtype).name}")
+
+
+def check_config(config: Any, cls: type) -> None:
+    if config is not None and not isinstance(config, cls):
+        raise TypeError(
+            f"config: expected {cls.__module__}.{cls.__name__} or None, got {type(config).__name__}"
+        )
+
+
+def check_static(name: str, value: Any, types: tuple[type, ...]) -> None:
+    """Raises unless value is a Python value of one of those types; a tracer or an array is not."""
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = " or ".join(t.__name__ for t in types)
+        raise TypeError(
+            f"{name}: expected a Python {names} (a static value), got {type(value).__name__}"
+        )
