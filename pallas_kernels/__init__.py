@@ -1,20 +1,33 @@
 """The kernels in Pallas, lowered by Mosaic GPU for Hopper: one file a stem, each readable alone."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __all__ = ["matmul", "rms_norm", "softmax"]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing the package imports no JAX. A function is named like its file, so the function takes the place of the
-    # submodule that the import system binds here; `from pallas_kernels.matmul import Config` reaches into the file.
+    # Importing the package imports no JAX; the first use of a name does.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(import_module(f"{__name__}.{name}"), name)
-    globals()[name] = function
-    return function
+    import_module(f"{__name__}.{name}")
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    # A public function is named like its file. Importing the file binds the file here, on the
+    # function's name: bind the function instead. `from pallas_kernels.matmul import Config` reaches
+    # into the file all the same.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in __all__ and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,7 +1,7 @@
-"""What every Pallas twin needs and none should spell out: sizes, checks, the swizzled tile, the row pitch.
+"""What every Pallas twin needs: sizes, checks, the swizzled tile, the row pitch.
 
-Kernel files call these as module attributes (`_lib.num_sms()`), so that a compile-only gate can answer for a
-GPU that is not there.
+Kernel files call these as module attributes (`_lib.num_sms()`), so that a compile-only gate can
+answer for a GPU that is not there.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def num_sms() -> int:
 
     The interpreter answers 2, so that a persistent loop takes several trips on a small array too.
 
-    Raises NotImplementedError on a GPU that is not a Hopper: Mosaic GPU code with wgmma is for sm_90 alone.
+    Raises NotImplementedError on a GPU that is not a Hopper: wgmma exists on sm_90 alone.
     """
     device = jax.devices()[0]
     if device.platform != "gpu":
@@ -42,16 +42,16 @@ def bits(dtype: Any) -> int:
 
 
 def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:
-    """Transforms of a shared-memory tile that TMA writes and wgmma reads without bank conflicts.
+    """Transforms of a shared-memory tile that TMA and wgmma touch without bank conflicts.
 
-    The tile is cut in pieces of 8 rows x one swizzle row: 128 bytes, or less where `columns` is smaller.
+    The tile is cut in pieces of 8 rows x one swizzle row: 128 bytes, less where `columns` are few.
     """
     swizzle = 128 if columns is None else plgpu.find_swizzle(columns * bits(dtype))
     return (plgpu.TilingTransform((8, 8 * swizzle // bits(dtype))), plgpu.SwizzleTransform(swizzle))
 
 
 def pad_pitch(x: jax.Array) -> jax.Array:
-    """x, its last dimension padded with zeros until rows start at multiples of 16 bytes, as TMA wants them."""
+    """x with zeros to the right until its rows start at multiples of 16 bytes, as TMA wants."""
     multiple = 128 // bits(x.dtype)
     extra = -x.shape[-1] % multiple
     if not extra:
@@ -62,7 +62,7 @@ def pad_pitch(x: jax.Array) -> jax.Array:
 def check_array(
     name: str, x: Any, shape: tuple[int | str, ...], dtypes: tuple[Any, ...] | None
 ) -> None:
-    """Raises unless x is an array of that rank, those sizes (a letter stands for any) and one of those dtypes."""
+    """Raises unless x has that rank, those sizes (a letter stands for any), one of those dtypes."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{name}: expected a JAX array, got {type(x).__name__}")
     fits = len(x.shape) == len(shape) and all(
