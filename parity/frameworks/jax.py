@@ -1,0 +1,168 @@
+"""JAX and Pallas, as the harness sees them (parity.frameworks lists the names both frameworks offer)."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jcore
+
+from parity import frameworks
+from parity.frameworks import Kernel, load_target
+
+TWIN = "pallas"
+
+# primitives that contain others, or move and name memory, and compute nothing themselves
+_STRUCTURE = frozenset(
+    (
+        "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat "
+        "shard_map reshape broadcast_in_dim squeeze expand_dims stop_gradient iota "
+        "optimization_barrier"
+    ).split()
+)
+_MOSAIC = frozenset(("pallas_call", "core_map", "mpmd_map"))
+
+
+def load(target: str) -> Kernel:
+    """The kernel behind "module:function"; without X_fwd and X_bwd beside it, jax.vjp supplies the passes."""
+    public, module = load_target(target)
+    fwd = getattr(module, f"{public.__name__}_fwd", None)
+    bwd = getattr(module, f"{public.__name__}_bwd", None)
+    if fwd is None or bwd is None:
+        fwd, bwd = _through_vjp(public)
+    return Kernel(public, fwd, bwd, str(module.__file__))
+
+
+def _through_vjp(public: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def fwd(*inputs: Any, **options: Any) -> tuple[Any, Any]:
+        return public(*inputs, **options), inputs
+
+    def bwd(res: Any, *cotangents: Any, **options: Any) -> tuple[Any, ...]:
+        out, pull = jax.vjp(functools.partial(public, **options), *res)
+        grads = pull(cotangents if isinstance(out, tuple) else cotangents[0])
+        return tuple(g for g in grads if g is not None and g.dtype != jax.dtypes.float0)
+
+    return fwd, bwd
+
+
+def native(x: Any) -> Any:
+    """A harness array as a jax array; on a GPU the same memory, handed over by DLPack."""
+    if x is None or isinstance(x, jax.Array):
+        return x
+    if isinstance(x, np.ndarray):
+        return jnp.asarray(x)
+    import torch
+
+    if (
+        x.dtype == torch.bool
+    ):  # DLPack's bool is not exchanged by every version: same bytes, same address
+        return jax.dlpack.from_dlpack(x.view(torch.uint8)).view(jnp.bool_)
+    return jax.dlpack.from_dlpack(x)
+
+
+def harness(x: Any) -> Any:
+    """A jax array as the harness keeps it: NumPy on a CPU, a torch tensor on the same memory on a GPU."""
+    if x is None:
+        return None
+    if frameworks.interpreted():
+        return np.asarray(x)
+    import torch
+
+    return torch.from_dlpack(x)
+
+
+def copy(x: Any) -> Any:
+    return None if x is None else jnp.array(x, copy=True)
+
+
+def same_bits(x: Any, y: Any) -> bool:
+    """Bit for bit equal (NaNs included)."""
+    if x is None or y is None:
+        return x is y
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    return bool(jnp.array_equal(*(v.view(bits) if v.dtype != jnp.bool_ else v for v in (x, y))))
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(fn: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(fn, **dict(options)))
+
+
+def _compiled(fn: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    return _jitted(fn, tuple(sorted(options.items())))
+
+
+def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Calls fn under jit and waits for it. In the interpreter a data race is an error (RaceError).
+
+    On a GPU the pool is dirtied with NaN first: an element nobody wrote shows.
+    """
+    if not frameworks.interpreted():
+        _dirty_pool(args)
+        return jax.block_until_ready(_compiled(fn, options)(*args))
+    from parity.frameworks import mosaic_interpreter
+
+    with mosaic_interpreter.watched():
+        return jax.block_until_ready(_compiled(fn, options)(*args))
+
+
+def _dirty_pool(args: Sequence[Any]) -> None:
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(args)] or [0]
+    garbage = [jnp.full(max(1, size // 2), jnp.nan, jnp.bfloat16) for size in 2 * sizes]
+    jax.block_until_ready(garbage)
+
+
+def thunk(
+    fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[[], Any]:
+    compiled = _compiled(fn, options)
+    return lambda: compiled(*args)
+
+
+def synchronize() -> None:
+    jax.effects_barrier()
+
+
+def outputs_of(out: Any) -> tuple[Any, ...]:
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation, those inside calls and control flow too, but not those inside a Mosaic kernel."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name in _MOSAIC:
+            continue
+        for value in jax.tree.leaves(
+            list(eqn.params.values()),
+            is_leaf=lambda v: isinstance(v, (jcore.Jaxpr, jcore.ClosedJaxpr)),
+        ):
+            if isinstance(value, jcore.ClosedJaxpr):
+                yield from _equations(value.jaxpr)
+            elif isinstance(value, jcore.Jaxpr):
+                yield from _equations(value)
+
+
+def witness(
+    fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], glue: Sequence[str]
+) -> list[str]:
+    """Who did the work? Sentences about primitives that compute outside a Mosaic kernel, or about no kernel.
+
+    On a GPU also: at least nine tenths of the device time must be in Mosaic kernels.
+    """
+    jaxpr = jax.make_jaxpr(functools.partial(fn, **options))(*args)
+    names = [eqn.primitive.name for eqn in _equations(jaxpr.jaxpr)]
+    foreign = sorted(set(names) - _STRUCTURE - _MOSAIC - set(glue))
+    wrong = [f"jax primitive {name} did part of the work" for name in foreign]
+    if not _MOSAIC & set(names):
+        wrong.append("no Mosaic GPU kernel was called")
+    elif not frameworks.interpreted():
+        from parity.frameworks.torch import share_of_ours
+
+        call = thunk(fn, args, options)
+        wrong += share_of_ours(lambda: jax.block_until_ready(call()), ("_kernel", "mosaic"))
+    return wrong

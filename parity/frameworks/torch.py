@@ -1,0 +1,208 @@
+"""PyTorch and Triton, as the harness sees them (parity.frameworks lists the names both frameworks offer)."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parity import frameworks
+from parity.frameworks import Kernel, load_target
+from parity.spec import Descriptor, Integers, Keep, Normal, dtype_named
+
+TWIN = "triton"
+
+# aten operations that move or name memory and compute nothing
+_STRUCTURE = frozenset(
+    (
+        "empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros zero_ fill_ "
+        "view _unsafe_view reshape as_strided alias detach slice select expand permute transpose t "
+        "unsqueeze squeeze unflatten split clone copy_ _to_copy contiguous resize_ set_ lift_fresh"
+    ).split()
+)
+
+
+def device() -> str:
+    return "cpu" if frameworks.interpreted() else "cuda"
+
+
+def load(target: str) -> Kernel:
+    """The kernel behind "module:function"; without X_fwd and X_bwd beside it, autograd supplies the passes."""
+    public, module = load_target(target)
+    fwd = getattr(module, f"{public.__name__}_fwd", None)
+    bwd = getattr(module, f"{public.__name__}_bwd", None)
+    if fwd is None or bwd is None:
+        fwd, bwd = _through_autograd(public)
+    return Kernel(public, fwd, bwd, str(module.__file__))
+
+
+def _through_autograd(public: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def fwd(*inputs: Any, **options: Any) -> tuple[Any, Any]:
+        leaves = [
+            x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
+            for x in inputs
+        ]
+        with torch.enable_grad():
+            out = public(*leaves, **options)
+        outs = out if isinstance(out, tuple) else (out,)
+        detached = tuple(o.detach() for o in outs)
+        return (detached if isinstance(out, tuple) else detached[0]), (leaves, outs)
+
+    def bwd(res: Any, *cotangents: Any, **options: Any) -> tuple[Any, ...]:
+        leaves, outs = res
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        if not any(o.requires_grad for o in outs):
+            raise TypeError("the function's result does not depend on its inputs through autograd")
+        return torch.autograd.grad(outs, wanted, cotangents, retain_graph=True)
+
+    return fwd, bwd
+
+
+def draw(descriptors: Mapping[str, Descriptor], seed: int) -> dict[str, Any]:
+    """Harness arrays for the descriptors: by NumPy on a CPU, on the device itself on a GPU."""
+    if device() == "cpu":
+        rng = np.random.default_rng(seed)
+        return {name: d.draw(rng) for name, d in descriptors.items()}
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return {name: _draw_on_device(d, generator) for name, d in descriptors.items()}
+
+
+def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
+    x = torch.empty(d.shape, dtype=dtype_named(torch, d.dtype), device="cuda")
+    flat = x.view(-1)
+    step = 1 << 28  # elements at a time: the float32 draw of a huge array would not be small
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
+        match d:
+            case Normal():
+                part.copy_(torch.randn(part.shape, generator=generator, device="cuda") * d.std)
+            case Integers():
+                part.copy_(
+                    torch.randint(d.low, d.high + 1, part.shape, generator=generator, device="cuda")
+                )
+            case Keep():
+                part.copy_(torch.rand(part.shape, generator=generator, device="cuda") < d.p)
+    if isinstance(d, Keep):
+        x[list(d.dead_rows)] = False
+    return x
+
+
+def native(x: Any) -> Any:
+    """A harness array as a torch tensor on the device; shares memory where torch knows the dtype."""
+    if x is None or isinstance(x, torch.Tensor):
+        return x
+    x = np.ascontiguousarray(x)
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def harness(x: Any) -> Any:
+    """A native array as the harness keeps it: NumPy on a CPU, the tensor itself on a GPU."""
+    if x is None or x.is_cuda:
+        return x
+    x = x.detach()
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
+
+
+def copy(x: Any) -> Any:
+    return None if x is None else x.clone()
+
+
+def same_bits(x: Any, y: Any) -> bool:
+    """Bit for bit equal (NaNs included)."""
+    if x is None or y is None:
+        return x is y
+    as_bytes = [t.contiguous().view(torch.uint8) if t.numel() else t for t in (x, y)]
+    return x.dtype == y.dtype and x.shape == y.shape and torch.equal(*as_bytes)
+
+
+def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Calls fn with every new tensor filled with NaN first, and waits for it."""
+    with _filled_with_nan():
+        out = fn(*args, **options)
+    synchronize()
+    return out
+
+
+@contextlib.contextmanager
+def _filled_with_nan() -> Iterator[None]:
+    """torch.empty gives NaN (the largest integer for integers): an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def thunk(
+    fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[[], Any]:
+    return lambda: fn(*args, **options)
+
+
+def synchronize() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def outputs_of(out: Any) -> tuple[Any, ...]:
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func.overloadpacket).removeprefix("aten."))
+        return func(*args, **(kwargs or {}))
+
+
+def witness(
+    fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], glue: Sequence[str]
+) -> list[str]:
+    """Who did the work? Sentences about torch operations that compute, and about a launch that never came.
+
+    On a GPU also: at least nine tenths of the device time must be in kernels launched through Triton.
+    """
+    from parity.frameworks import triton_interpreter
+
+    with triton_interpreter.count_launches() as launched, _Operations() as operations:
+        fn(*args, **options)
+    synchronize()
+    allowed = _STRUCTURE | set(glue)
+    foreign = sorted({op for op in operations.seen if op.split(".")[0] not in allowed})
+    wrong = [f"torch operation {op} did part of the work" for op in foreign]
+    if not launched:
+        wrong.append("no Triton kernel was launched")
+    elif device() == "cuda":
+        wrong += share_of_ours(lambda: fn(*args, **options), launched)
+    return wrong
+
+
+def share_of_ours(call: Callable[[], Any], ours: Sequence[str]) -> list[str]:
+    """A sentence if kernels whose names hold none of `ours` take over a tenth of the device time."""
+    from parity.frameworks import tracer
+
+    kernels = tracer.kernels(call)
+    total = sum(k.end_us - k.start_us for k in kernels)
+    foreign: dict[str, float] = {}
+    for k in kernels:
+        if not any(name in k.name for name in ours):
+            foreign[k.name] = foreign.get(k.name, 0.0) + k.end_us - k.start_us
+    if total and sum(foreign.values()) <= 0.1 * total:
+        return []
+    if not total:
+        return ["the profiler saw no kernel at all"]
+    worst = max(foreign, key=lambda name: foreign[name])
+    return [
+        f"{sum(foreign.values()) / total:.0%} of the device time is not ours, most in {worst[:80]}"
+    ]

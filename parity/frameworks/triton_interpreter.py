@@ -1,0 +1,117 @@
+"""Every touch of a private name of Triton: its interpreter, and the counting of launches. Triton 3.6 to 3.9.
+
+`probes()` runs what the interpreter is known to get wrong without saying so (docs/silent-lies.md); the tests
+assert that each is still wrong, so that a fix upstream shows and a rule here can go.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from parity import frameworks
+
+
+class Probe(NamedTuple):
+    name: str
+    wrong: bool  # still wrong, as documented
+    detail: str
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[list[str]]:
+    """Collects the names of the Triton kernels launched inside the block, interpreted or compiled."""
+    names: list[str] = []
+    if frameworks.interpreted():
+        from triton.runtime.interpreter import GridExecutor
+
+        call = GridExecutor.__call__
+
+        def counted(self: GridExecutor, *args, **kwargs):
+            names.append(getattr(self.fn, "__name__", str(self.fn)))
+            return call(self, *args, **kwargs)
+
+        with mock.patch.object(GridExecutor, "__call__", counted):
+            yield names
+        return
+
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+
+    def counted_run(self: JITFunction, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    with mock.patch.object(JITFunction, "run", counted_run):
+        yield names
+
+
+@triton.jit
+def _dot_kernel(a_ptr, b_ptr, c_ptr, n: tl.constexpr):
+    i = tl.arange(0, n)[:, None] * n + tl.arange(0, n)[None, :]
+    tl.store(c_ptr + i, tl.dot(tl.load(a_ptr + i), tl.load(b_ptr + i)))
+
+
+@triton.jit
+def _cast_kernel(x_ptr, y_ptr, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _beyond_kernel(x_ptr, n: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, n), 1.0)
+
+
+def probes() -> list[Probe]:
+    """Runs each known lie of the interpreter once. Needs CPU mode."""
+    n = 16
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator) for _ in range(2))
+
+    def dot(dtype: torch.dtype) -> float:
+        c = torch.empty(n, n)
+        _dot_kernel[(1,)](a.to(dtype), b.to(dtype), c, n)
+        truth = a.to(dtype).double() @ b.to(dtype).double()
+        return float((c - truth).norm() / truth.norm())
+
+    x = torch.randn(1 << 12, generator=generator)
+
+    def cast(dtype: torch.dtype) -> float:
+        y = torch.empty(x.shape, dtype=dtype)
+        _cast_kernel[(1,)](x, y, x.numel())
+        return float((y.float() != x.to(dtype).float()).double().mean())
+
+    good, bad = dot(torch.float16), dot(torch.bfloat16)
+    guarded = torch.zeros(32)
+    _beyond_kernel[(1,)](guarded[:16], 32)
+    found = [
+        Probe("bf16_dot", bad > 1, f"bf16 tl.dot is off by {bad:.2g} (fp16: {good:.2g})"),
+        *(
+            Probe(
+                f"cast_{str(d).removeprefix('torch.')}",
+                wrong > 0,
+                f"{wrong:.1%} of casts differ from round-to-nearest",
+            )
+            for d, wrong in ((d, cast(d)) for d in (torch.bfloat16, torch.float8_e4m3fn))
+        ),
+        Probe(
+            "out_of_bounds",
+            bool(guarded[16:].any()),
+            "a store past the end of a tensor goes unnoticed",
+        ),
+    ]
+    try:
+        q = torch.from_numpy(np.random.default_rng(0).integers(-9, 9, (n, n), np.int8))
+        c = torch.empty(n, n, dtype=torch.int32)
+        _dot_kernel[(1,)](q, q, c, n)
+        found.append(Probe("int8_dot", False, "int8 tl.dot runs"))
+    except Exception as e:
+        found.append(Probe("int8_dot", True, f"int8 tl.dot raises {type(e).__name__}"))
+    return found

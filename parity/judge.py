@@ -1,0 +1,264 @@
+"""The judge: is this output right? Errors are measured against float64 and allowed what float32 mathematics loses.
+
+With r the float64 oracle, e(y) = ||y - r|| / ||r|| and e* = e(model), an output passes iff its shape and dtype are
+right, it is finite exactly where r (rounded) is, exactly 0 where r is, e(y) <= 1.5 e* + 1e-6 over the whole array and
+<= 3 e* + floor in every tile of 64 rows, so that one bad tile cannot hide in a norm. No number here was
+chosen to let a kernel pass: a store that truncates has twice the error of one that rounds, and must fail.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from parity.spec import Arithmetic, Array, Problem, Workload, dtype_name, dtype_named
+
+TILE_ROWS = 64
+FLOOR = 1e-6
+
+# A cap on top of the yardstick: relative Frobenius error by family and output dtype (SPECS 0.3).
+CAP = {
+    ("gemm", "bfloat16"): 3e-3,
+    ("gemm", "float16"): 5e-4,
+    ("norm", "bfloat16"): 3e-3,
+    ("norm", "float16"): 5e-4,
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of one output. `reason` is a single word when it fails, `detail` one sentence."""
+
+    output: str
+    ok: bool
+    reason: str = ""
+    detail: str = ""
+    error: float = math.nan
+    yardstick: float = math.nan
+    worst_tile: int = -1  # the tile of 64 rows with the largest error over its limit
+    first_wrong: tuple[int, ...] = field(default=())
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def limit(family: str, dtype: str, yardstick: float, terms: int) -> float:
+    """The largest relative error allowed over a whole array whose sums have `terms` terms."""
+    allowed = 1.5 * yardstick + FLOOR
+    if (
+        dtype == "float32"
+    ):  # no rounding of the output to hide behind: SPECS 0.3 for a sum of that length
+        return max(allowed, 2e-6 * math.sqrt(max(1, terms) / 1024) + 1e-6)
+    return min(allowed, CAP.get((family, dtype), math.inf))
+
+
+def judge(
+    output: str, y: Any, r: Any, model: Any, spec: Array, *, family: str, terms: int
+) -> Verdict:
+    """Compares one output with the truth.
+
+    Args:
+        output: its name, for the verdict.
+        y: what the kernel returned, in its storage dtype.
+        r: the float64 oracle.
+        model: the same mathematics in float32, not yet rounded to the storage dtype.
+        spec: the shape and dtype y must have.
+        family: "gemm" or "norm", the row of SPECS 0.3 that caps the error.
+        terms: how many terms the sum behind an element has.
+    """
+    if tuple(y.shape) != tuple(spec.shape):
+        return Verdict(
+            output, False, "shape", f"{output} is {_s(y.shape)}, expected {_s(spec.shape)}"
+        )
+    if dtype_name(y.dtype) != spec.dtype:
+        return Verdict(
+            output, False, "dtype", f"{output} is {dtype_name(y.dtype)}, expected {spec.dtype}"
+        )
+    if math.prod(spec.shape) == 0:
+        return Verdict(output, True, error=0.0, yardstick=0.0)
+
+    xp = array_api_compat.array_namespace(r)
+    y, r, model = (_rows(x) for x in (y, r, model))
+    error, truth, allowed, biggest, worst = [], [], [], 0.0, 0.0
+    for start in range(0, y.shape[0], step := _rows_at_once(y.shape[1])):
+        rows = slice(start, start + step)
+        yb, rb = xp.astype(y[rows, :], xp.float64), r[rows, :]
+        stored = _stored(xp, rb, spec.dtype)
+        wrong = ~_same_kind(xp, yb, stored)
+        if bool(xp.any(wrong)):
+            at = _first(xp, wrong, start, spec.shape)
+            got, want = (float(v[at[0] - start, at[1]]) for v in (yb, rb))
+            reason = "zeros" if want == 0 else "nonfinite"
+            where = _unflat(at, spec.shape)
+            return Verdict(
+                output,
+                False,
+                reason,
+                f"{output}{list(where)} is {got:g}, expected {want:g}",
+                first_wrong=where,
+            )
+        finite = xp.isfinite(stored)
+        zero = xp.zeros_like(rb)
+        mb = _stored(xp, model[rows, :], spec.dtype)
+        dy, dm = xp.where(finite, yb - rb, zero), xp.where(finite & xp.isfinite(mb), mb - rb, zero)
+        rb = xp.where(finite, rb, zero)
+        error.append(_host(xp.sum(dy * dy, axis=1)))
+        allowed.append(_host(xp.sum(dm * dm, axis=1)))
+        truth.append(_host(xp.sum(rb * rb, axis=1)))
+        biggest = max(biggest, float(xp.max(xp.abs(rb))))
+        worst = max(worst, float(xp.max(xp.abs(dy))))
+
+    err2, mod2, ref2 = (np.concatenate(v) for v in (error, allowed, truth))
+    norm = math.sqrt(ref2.sum()) or 1.0
+    e, yardstick = math.sqrt(err2.sum()) / norm, math.sqrt(mod2.sum()) / norm
+    bound = limit(family, spec.dtype, yardstick, terms)
+
+    tiles = [np.add.reduceat(v, np.arange(0, len(v), TILE_ROWS)) for v in (err2, mod2, ref2)]
+    tile_norm = np.sqrt(np.where(tiles[2] > 0, tiles[2], 1.0))
+    tile_e, tile_star = np.sqrt(tiles[0]) / tile_norm, np.sqrt(tiles[1]) / tile_norm
+    # float32 outputs: a tile may have what the whole may have
+    tile_bound = np.maximum(3 * np.maximum(tile_star, yardstick) + FLOOR, bound)
+    tile = int(np.argmax(tile_e / tile_bound))
+
+    fails = ""
+    if e > bound:
+        fails = "norm"
+        detail = f"{output}: error {e:.3g} exceeds {bound:.3g} (the model's own is {yardstick:.3g})"
+    elif tile_e[tile] > tile_bound[tile]:
+        fails = "tile"
+        detail = (
+            f"{output}: tile {tile} has error {tile_e[tile]:.3g}, allowed {tile_bound[tile]:.3g}"
+        )
+    elif worst > 10 * bound * biggest:
+        fails = "peak"
+        detail = (
+            f"{output}: largest error {worst:.3g} exceeds {10 * bound:.3g} of the largest element"
+        )
+    if not fails:
+        return Verdict(output, True, "", "", e, yardstick, tile)
+    at = _first_large(xp, y, r, tile, float(3 * max(tile_star[tile], yardstick) + FLOOR))
+    where = _unflat(at, spec.shape)
+    return Verdict(
+        output, False, fails, f"{detail}; first at {list(where)}", e, yardstick, tile, where
+    )
+
+
+def judge_exact(output: str, y: Any, r: Any, spec: Array) -> Verdict:
+    """The integer probe: y must equal r, rounded once to the storage dtype, bit for bit."""
+    xp = array_api_compat.array_namespace(r)
+    if tuple(y.shape) != tuple(spec.shape) or dtype_name(y.dtype) != spec.dtype:
+        return judge(output, y, r, r, spec, family="gemm", terms=1)
+    y, r = _rows(y), _rows(r)
+    wrong = xp.astype(y, xp.float64) != _stored(xp, r, spec.dtype)
+    if not bool(xp.any(wrong)):
+        return Verdict(output, True, error=0.0, yardstick=0.0)
+    at = _first(xp, wrong, 0, spec.shape)
+    where = _unflat(at, spec.shape)
+    got, want = float(y[at[0], at[1]]), float(r[at[0], at[1]])
+    share = float(xp.sum(xp.astype(wrong, xp.float64))) / math.prod(spec.shape)
+    detail = (
+        f"{output}{list(where)} is {got:g} on whole numbers, expected exactly {want:g} "
+        f"({share:.1%} of the elements are off)"
+    )
+    return Verdict(output, False, "probe", detail, first_wrong=where)
+
+
+def judge_twins(
+    output: str, a: Any, b: Any, r: Any, yardstick: float, spec: Array, bound: float
+) -> Verdict:
+    """The two twins may differ by at most 3 e* ||r|| (for float32 outputs, by twice the larger bound)."""
+    xp = array_api_compat.array_namespace(r)
+    a, b, r = (_rows(x) for x in (a, b, r))
+    gap = norm = 0.0
+    for start in range(0, r.shape[0], step := _rows_at_once(r.shape[1])):
+        rows = slice(start, start + step)
+        rb = r[rows, :]
+        finite = xp.isfinite(rb)
+        d = xp.astype(a[rows, :], xp.float64) - xp.astype(b[rows, :], xp.float64)
+        gap += float(xp.sum(xp.where(finite, d, xp.zeros_like(d)) ** 2))
+        norm += float(xp.sum(xp.where(finite, rb, xp.zeros_like(rb)) ** 2))
+    apart = math.sqrt(gap) / (math.sqrt(norm) or 1.0)
+    allowed = max(3 * yardstick + FLOOR, 2 * bound if spec.dtype == "float32" else 0.0)
+    if apart <= allowed:
+        return Verdict(output, True, error=apart, yardstick=yardstick)
+    detail = f"{output}: the twins are {apart:.3g} apart, allowed {allowed:.3g}"
+    return Verdict(output, False, "twins", detail, apart, yardstick)
+
+
+def ulp_histogram(a: Any, b: Any, dtype: str, largest: int = 8) -> dict[str, float]:
+    """Shares of elements by distance in units in the last place: {"0": .., "1": .., ..., ">8": ..}.
+
+    Takes NumPy arrays of the storage dtype. Floats of one sign order like their bit patterns read as integers.
+    """
+    size = np.dtype(a.dtype).itemsize
+    unsigned, sign = np.dtype(f"u{size}"), 1 << (8 * size - 1)
+
+    def ordered(x: np.ndarray) -> np.ndarray:
+        bits = np.ascontiguousarray(x).view(unsigned).astype(np.int64)
+        return np.where(bits & sign, sign - bits, bits)
+
+    steps = np.abs(ordered(a) - ordered(b)).ravel()
+    counts = np.bincount(np.minimum(steps, largest + 1), minlength=largest + 2) / max(1, steps.size)
+    names = [*map(str, range(largest + 1)), f">{largest}"]
+    return {name: float(c) for name, c in zip(names, counts, strict=True) if c}
+
+
+def truth_and_model(problem: Problem, work: Workload, which: str, arrays: dict[str, Any]) -> tuple:
+    """(truth, model) of one pass, tuples in the order of its outputs; model is rounded by the judge."""
+    xp = array_api_compat.array_namespace(*arrays.values())
+    oracle = problem.oracle if which == "fwd" else problem.oracle_bwd
+    return oracle(Arithmetic.truth(xp), work, **arrays), oracle(
+        Arithmetic.model(xp), work, **arrays
+    )
+
+
+def _stored(xp: Any, x: Any, dtype: str) -> Any:
+    return xp.astype(xp.astype(x, dtype_named(xp, dtype)), xp.float64)
+
+
+def _same_kind(xp: Any, y: Any, stored: Any) -> Any:
+    """True where y is finite, zero, NaN or an infinity of one sign as the stored truth is."""
+    both_finite = xp.isfinite(y) & xp.isfinite(stored)
+    zero = stored == 0
+    return (both_finite & (~zero | (y == 0))) | (y == stored) | (xp.isnan(y) & xp.isnan(stored))
+
+
+def _rows(x: Any) -> Any:
+    return x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x.reshape(-1, 1)
+
+
+def _rows_at_once(columns: int) -> int:
+    """A multiple of the tile height, about 2^27 elements: the judge's temporaries stay at a few GB."""
+    return max(1, (1 << 27) // max(1, columns) // TILE_ROWS) * TILE_ROWS
+
+
+def _host(x: Any) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+
+
+def _first(xp: Any, wrong: Any, start: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    flat = int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))
+    return start + flat // wrong.shape[1], flat % wrong.shape[1]
+
+
+def _first_large(xp: Any, y: Any, r: Any, tile: int, bound: float) -> tuple[int, int]:
+    """The first element of the worst tile whose own error is out of line with the tile's scale."""
+    rows = slice(tile * TILE_ROWS, (tile + 1) * TILE_ROWS)
+    rb = r[rows, :]
+    zero = xp.zeros_like(rb)
+    d = xp.where(xp.isfinite(rb), xp.abs(xp.astype(y[rows, :], xp.float64) - rb), zero)
+    scale = xp.sqrt(xp.mean(xp.where(xp.isfinite(rb), rb, zero) ** 2))
+    wrong = d > xp.maximum(4 * bound * scale, xp.max(d) / 4)
+    return _first(xp, wrong, rows.start, ())
+
+
+def _unflat(at: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) <= 1:
+        return (at[0],)
+    return tuple(int(i) for i in np.unravel_index(at[0] * shape[-1] + at[1], shape))
+
+
+def _s(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

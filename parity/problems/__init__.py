@@ -1,0 +1,18 @@
+"""All problems, in the order in which they are best learned."""
+
+from parity.problems import matmul, rms_norm, softmax
+from parity.spec import Problem
+
+PROBLEMS: tuple[Problem, ...] = (matmul.PROBLEM, softmax.PROBLEM, rms_norm.PROBLEM)
+
+
+def problem(stem: str) -> Problem:
+    """The problem called `stem`; KeyError names the nearest one."""
+    by_stem = {p.stem: p for p in PROBLEMS}
+    if stem not in by_stem:
+        import difflib
+
+        near = difflib.get_close_matches(stem, by_stem, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise KeyError(f"no problem {stem!r}{hint} (there are: {', '.join(by_stem)})")
+    return by_stem[stem]

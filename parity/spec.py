@@ -1,0 +1,216 @@
+"""A problem, declared once: what a kernel must compute, on which sizes, at what least cost.
+
+Nothing here knows a framework. `Problem` and `Workload` are frozen data, the oracle is a few lines in the
+Python array API standard, and `Arithmetic` says in which precision those lines run: the same lines give the
+float64 truth and the float32 `model` that sets the yardstick (the idea of judging an error by the error of
+the same mathematics at the kernel's own precision is FlashAttention's test suite's).
+"""
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import array_api_compat
+import ml_dtypes
+import numpy as np
+
+PASSES = ("fwd", "bwd")
+
+NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
+    {
+        name: np.dtype(getattr(ml_dtypes, name, name))
+        for name in (
+            "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int8 uint8 bool"
+        ).split()
+    }
+)
+
+
+def dtype_named(xp: Any, name: str) -> Any:
+    """The dtype called `name` in the array namespace `xp` (NumPy finds the small floats in ml_dtypes)."""
+    return NUMPY_DTYPES[name] if array_api_compat.is_numpy_namespace(xp) else getattr(xp, name)
+
+
+def dtype_name(dtype: Any) -> str:
+    """'bfloat16' for ml_dtypes' scalar type, NumPy's dtype and torch's alike."""
+    return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+
+
+# Inputs are described, not made: `ci` sizes are drawn by NumPy, `model` sizes on the device.
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent normal values with the given standard deviation."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    std: float = 1.0
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        return (rng.standard_normal(self.shape, np.float32) * self.std).astype(_np(self.dtype))
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Whole numbers in [low, high], exactly representable: sums of their products are exact in float32."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    low: int = -3
+    high: int = 3
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.integers(self.low, self.high, self.shape, endpoint=True).astype(_np(self.dtype))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A bool mask, True with probability `p`; rows listed in `dead_rows` keep nothing."""
+
+    shape: tuple[int, ...]
+    p: float = 0.7
+    dead_rows: tuple[int, ...] = ()
+    dtype: str = "bool"
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        keep = rng.random(self.shape) < self.p
+        keep[list(self.dead_rows)] = False
+        return keep
+
+
+Descriptor = Normal | Integers | Keep
+
+
+@dataclass(frozen=True)
+class Array:
+    """Shape and dtype of an output or a gradient."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work the mathematics needs for these inputs: nothing can beat the roof it sets."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One named set of sizes. `ci` ones run in the interpreters in a second or two, `model` ones are real layers.
+
+    `options` are the static keyword arguments of the public function; `absent` names optional array
+    arguments this workload leaves out.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    dtype: str
+    tags: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    passes: tuple[str, ...] = PASSES
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[letter]
+
+    @property
+    def itemsize(self) -> int:
+        return NUMPY_DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The precision in which an oracle's lines run.
+
+    `truth(xp)` computes in float64 and never rounds. `model(xp)` computes in float32 with exactly the
+    roundings a kernel is entitled to. `one_precision_lower(xp)` first rounds what it reads, and must fail.
+    """
+
+    xp: Any
+    working: str
+    rounds: bool
+    reads_as: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def truth(xp: Any) -> "Arithmetic":
+        return Arithmetic(xp, "float64", rounds=False)
+
+    @staticmethod
+    def model(xp: Any) -> "Arithmetic":
+        return Arithmetic(xp, "float32", rounds=True)
+
+    @staticmethod
+    def one_precision_lower(xp: Any) -> "Arithmetic":
+        lower = {"float32": "bfloat16", "float16": "bfloat16", "bfloat16": "float8_e4m3fn"}
+        return Arithmetic(xp, "float32", rounds=True, reads_as=lower)
+
+    def lift(self, x: Any) -> Any:
+        """x in the working precision."""
+        lower = self.reads_as.get(dtype_name(x.dtype))
+        return self._cast(self._cast(x, lower) if lower else x, self.working)
+
+    def stored(self, x: Any, dtype: str) -> Any:
+        """x after a trip through memory as `dtype`: a rounding the kernel is entitled to, none in the truth."""
+        return self._cast(self._cast(x, dtype), self.working) if self.rounds else x
+
+    def rounded(self, x: Any, dtype: str) -> Any:
+        """x rounded to `dtype` where that rounding is part of the definition: the truth rounds too."""
+        return self._cast(self._cast(x, dtype), self.working)
+
+    def empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        device = array_api_compat.device(like)
+        return self.xp.empty(shape, dtype=dtype_named(self.xp, self.working), device=device)
+
+    def _cast(self, x: Any, dtype: str) -> Any:
+        return self.xp.astype(x, dtype_named(self.xp, dtype))
+
+
+def row_blocks(x: Any, elements: int = 1 << 28) -> Iterator[slice]:
+    """Slices of rows of about `elements` elements each, so that float64 intermediates stay small."""
+    rows = max(1, elements // max(1, x.shape[1]))
+    for start in range(0, x.shape[0], rows):
+        yield slice(start, min(start + rows, x.shape[0]))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel must compute. Every function takes the workload `w`; arrays come by name.
+
+    inputs(work), cotangents(work)   -> {name: descriptor}, in the argument order of the public function / of X_bwd
+    outputs(w), grads(w)          -> {name: Array}, in the order X_fwd / X_bwd return them
+    oracle(ar, w, **inputs)       -> one array or a tuple, in `ar`'s working precision
+    oracle_bwd(ar, w, **inputs, **cotangents)  -> a tuple
+    cost(w, which)                -> Cost of one pass
+    reduction(w, name)            -> how many terms the sum behind output or gradient `name` has
+    probe(w)                      -> {name: Integers(...)} for the exact probe, or None where there is a transcendental
+    """
+
+    stem: str
+    doc: str
+    family: str  # the row of SPECS 0.3 that caps the error: "gemm" or "norm"
+    workloads: tuple[Workload, ...]
+    inputs: Callable[[Workload], dict[str, Descriptor]]
+    cotangents: Callable[[Workload], dict[str, Descriptor]]
+    outputs: Callable[[Workload], dict[str, Array]]
+    grads: Callable[[Workload], dict[str, Array]]
+    oracle: Callable[..., Any]
+    oracle_bwd: Callable[..., Any]
+    cost: Callable[[Workload, str], Cost]
+    reduction: Callable[[Workload, str], int]
+    implementations: Mapping[str, str]  # twin -> "module:public function"
+    peers: Mapping[str, str]  # name -> "module:function"
+    probe: Callable[[Workload], dict[str, Descriptor]] | None = None
+    bwd_options: tuple[str, ...] = ()  # which of the workload's options X_bwd takes too
+    glue: tuple[str, ...] = ()  # framework operations a twin may use around its kernels
+
+    def workload(self, name: str) -> Workload:
+        return next(w for w in self.workloads if w.name == name)
+
+
+def _np(name: str) -> np.dtype:
+    return NUMPY_DTYPES[name]
