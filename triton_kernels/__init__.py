@@ -1,0 +1,33 @@
+"""The kernels in Triton, for PyTorch tensors: one file a stem, each readable alone."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+__all__ = ["matmul", "rms_norm", "softmax"]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package imports neither torch nor triton; the first use of a name does.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.{name}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    # A public function is named like its file. Importing the file binds the file here, on the
+    # function's name: bind the function instead. `from triton_kernels.matmul import Config` reaches
+    # into the file all the same.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in __all__ and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
