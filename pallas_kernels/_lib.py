@@ -50,13 +50,18 @@ def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:
     return (plgpu.TilingTransform((8, 8 * swizzle // bits(dtype))), plgpu.SwizzleTransform(swizzle))
 
 
+def pad(x: jax.Array, *multiples: int) -> jax.Array:
+    """x with zeros behind its last dimensions until those are multiples of `multiples`."""
+    sizes = x.shape[x.ndim - len(multiples) :]
+    extra = [(0, -size % multiple) for size, multiple in zip(sizes, multiples, strict=True)]
+    if not any(after for _, after in extra):
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - len(multiples)) + extra)
+
+
 def pad_pitch(x: jax.Array) -> jax.Array:
     """x with zeros to the right until its rows start at multiples of 16 bytes, as TMA wants."""
-    multiple = 128 // bits(x.dtype)
-    extra = -x.shape[-1] % multiple
-    if not extra:
-        return x
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+    return pad(x, 128 // bits(x.dtype))
 
 
 def check_array(

@@ -249,7 +249,7 @@ def _product(
             plgpu.SMEM(
                 (config.warpgroups, 2, EPILOGUE_M, columns),
                 out_dtype,
-                transforms=_lib.swizzled(out_dtype),
+                transforms=(plgpu.SwizzleTransform(128),),
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
@@ -262,7 +262,7 @@ def _product(
         thread_name="wg",
         kernel_name="matmul_kernel",
     )
-    return kernel(_lib.pad_pitch(a), _lib.pad_pitch(b))[:, :N]
+    return kernel(_lib.pad(a, 8, 64), _lib.pad(b, 8, 64))[:, :N]
 
 
 def matmul_fwd(
