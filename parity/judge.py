@@ -1,9 +1,13 @@
-"""The judge: is this output right? Errors are measured against float64 and allowed what float32 mathematics loses.
+"""The judge: is this output right? Errors may be what float32 mathematics loses, and no more.
 
-With r the float64 oracle, e(y) = ||y - r|| / ||r|| and e* = e(model), an output passes iff its shape and dtype are
-right, it is finite exactly where r (rounded) is, exactly 0 where r is, e(y) <= 1.5 e* + 1e-6 over the whole array and
-<= 3 e* + floor in every tile of 64 rows, so that one bad tile cannot hide in a norm. No number here was
-chosen to let a kernel pass: a store that truncates has twice the error of one that rounds, and must fail.
+With r the float64 oracle, e(y) = ||y - r|| / ||r|| and e* = e(model), an output passes iff
+
+* its shape and dtype are right, it is finite exactly where r (rounded) is, and exactly 0 where r is;
+* e(y) <= 1.5 e* + 1e-6 over the whole array, and <= 3 e* + floor in every tile of 64 rows, so that
+  one bad tile cannot hide in a norm.
+
+No number here was chosen to let a kernel pass: a store that truncates has twice the error of one
+that rounds, and must fail.
 """
 
 import math
@@ -29,7 +33,7 @@ CAP = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of one output. `reason` is a single word when it fails, `detail` one sentence."""
+    """What the judge says of one output. On failure: `reason`, a word, and `detail`, a sentence."""
 
     output: str
     ok: bool
@@ -168,7 +172,7 @@ def judge_exact(output: str, y: Any, r: Any, spec: Array) -> Verdict:
 def judge_twins(
     output: str, a: Any, b: Any, r: Any, yardstick: float, spec: Array, bound: float
 ) -> Verdict:
-    """The two twins may differ by at most 3 e* ||r|| (for float32 outputs, by twice the larger bound)."""
+    """The twins may differ by at most 3 e* ||r|| (float32 outputs: by twice the larger bound)."""
     xp = array_api_compat.array_namespace(r)
     a, b, r = (_rows(x) for x in (a, b, r))
     gap = norm = 0.0
@@ -187,10 +191,11 @@ def judge_twins(
     return Verdict(output, False, "twins", detail, apart, yardstick)
 
 
-def ulp_histogram(a: Any, b: Any, dtype: str, largest: int = 8) -> dict[str, float]:
+def ulp_histogram(a: Any, b: Any, largest: int = 8) -> dict[str, float]:
     """Shares of elements by distance in units in the last place: {"0": .., "1": .., ..., ">8": ..}.
 
-    Takes NumPy arrays of the storage dtype. Floats of one sign order like their bit patterns read as integers.
+    Takes NumPy arrays of the storage dtype. Floats of one sign order like their bit patterns read
+    as integers.
     """
     size = np.dtype(a.dtype).itemsize
     unsigned, sign = np.dtype(f"u{size}"), 1 << (8 * size - 1)
@@ -206,7 +211,7 @@ def ulp_histogram(a: Any, b: Any, dtype: str, largest: int = 8) -> dict[str, flo
 
 
 def truth_and_model(problem: Problem, work: Workload, which: str, arrays: dict[str, Any]) -> tuple:
-    """(truth, model) of one pass, tuples in the order of its outputs; model is rounded by the judge."""
+    """(truth, model) of one pass, tuples in the order of its outputs; the judge rounds model."""
     xp = array_api_compat.array_namespace(*arrays.values())
     oracle = problem.oracle if which == "fwd" else problem.oracle_bwd
     return oracle(Arithmetic.truth(xp), work, **arrays), oracle(
@@ -230,7 +235,7 @@ def _rows(x: Any) -> Any:
 
 
 def _rows_at_once(columns: int) -> int:
-    """A multiple of the tile height, about 2^27 elements: the judge's temporaries stay at a few GB."""
+    """A multiple of the tile height, about 2^27 elements: temporaries stay at a few GB."""
     return max(1, (1 << 27) // max(1, columns) // TILE_ROWS) * TILE_ROWS
 
 

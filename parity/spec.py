@@ -1,9 +1,10 @@
 """A problem, declared once: what a kernel must compute, on which sizes, at what least cost.
 
-Nothing here knows a framework. `Problem` and `Workload` are frozen data, the oracle is a few lines in the
-Python array API standard, and `Arithmetic` says in which precision those lines run: the same lines give the
-float64 truth and the float32 `model` that sets the yardstick (the idea of judging an error by the error of
-the same mathematics at the kernel's own precision is FlashAttention's test suite's).
+Nothing here knows a framework. `Problem` and `Workload` are frozen data, the oracle is a few lines
+in the Python array API standard, and `Arithmetic` says in which precision those lines run: the same
+lines give the float64 truth and the float32 `model` that sets the yardstick (the idea of judging an
+error by the error of the same mathematics at the kernel's own precision is FlashAttention's test
+suite's).
 """
 
 import types
@@ -28,7 +29,7 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
 
 
 def dtype_named(xp: Any, name: str) -> Any:
-    """The dtype called `name` in the array namespace `xp` (NumPy finds the small floats in ml_dtypes)."""
+    """The dtype called `name` in the array namespace `xp` (NumPy's small floats are ml_dtypes')."""
     return NUMPY_DTYPES[name] if array_api_compat.is_numpy_namespace(xp) else getattr(xp, name)
 
 
@@ -54,7 +55,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Integers:
-    """Whole numbers in [low, high], exactly representable: sums of their products are exact in float32."""
+    """Whole numbers in [low, high]: sums of their products are exact in float32."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -101,7 +102,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Workload:
-    """One named set of sizes. `ci` ones run in the interpreters in a second or two, `model` ones are real layers.
+    """One named set of sizes: `ci` ones run in the interpreters, `model` ones are real layers.
 
     `options` are the static keyword arguments of the public function; `absent` names optional array
     arguments this workload leaves out.
@@ -127,8 +128,9 @@ class Workload:
 class Arithmetic:
     """The precision in which an oracle's lines run.
 
-    `truth(xp)` computes in float64 and never rounds. `model(xp)` computes in float32 with exactly the
-    roundings a kernel is entitled to. `one_precision_lower(xp)` first rounds what it reads, and must fail.
+    `truth(xp)` computes in float64 and never rounds. `model(xp)` computes in float32 with exactly
+    the roundings a kernel is entitled to. `one_precision_lower(xp)` first rounds what it reads, and
+    must fail.
     """
 
     xp: Any
@@ -155,11 +157,11 @@ class Arithmetic:
         return self._cast(self._cast(x, lower) if lower else x, self.working)
 
     def stored(self, x: Any, dtype: str) -> Any:
-        """x after a trip through memory as `dtype`: a rounding the kernel is entitled to, none in the truth."""
+        """x after a trip through memory as `dtype`: a rounding a kernel is entitled to."""
         return self._cast(self._cast(x, dtype), self.working) if self.rounds else x
 
     def rounded(self, x: Any, dtype: str) -> Any:
-        """x rounded to `dtype` where that rounding is part of the definition: the truth rounds too."""
+        """x rounded to `dtype` where that belongs to the definition: the truth rounds too."""
         return self._cast(self._cast(x, dtype), self.working)
 
     def empty(self, shape: tuple[int, ...], like: Any) -> Any:
@@ -171,7 +173,7 @@ class Arithmetic:
 
 
 def row_blocks(x: Any, elements: int = 1 << 28) -> Iterator[slice]:
-    """Slices of rows of about `elements` elements each, so that float64 intermediates stay small."""
+    """Slices of rows of about `elements` elements: float64 intermediates stay small."""
     rows = max(1, elements // max(1, x.shape[1]))
     for start in range(0, x.shape[0], rows):
         yield slice(start, min(start + rows, x.shape[0]))
@@ -179,15 +181,15 @@ def row_blocks(x: Any, elements: int = 1 << 28) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel must compute. Every function takes the workload `w`; arrays come by name.
+    """What a kernel must compute. Every function takes the workload; arrays come by name.
 
-    inputs(work), cotangents(work)   -> {name: descriptor}, in the argument order of the public function / of X_bwd
-    outputs(w), grads(w)          -> {name: Array}, in the order X_fwd / X_bwd return them
-    oracle(ar, w, **inputs)       -> one array or a tuple, in `ar`'s working precision
-    oracle_bwd(ar, w, **inputs, **cotangents)  -> a tuple
-    cost(w, which)                -> Cost of one pass
-    reduction(w, name)            -> how many terms the sum behind output or gradient `name` has
-    probe(w)                      -> {name: Integers(...)} for the exact probe, or None where there is a transcendental
+    inputs(work), cotangents(work) -> {name: descriptor}, in the argument order of X / of X_bwd
+    outputs(work), grads(work)     -> {name: Array}, in the order X_fwd / X_bwd return them
+    oracle(ar, work, **inputs)     -> a tuple of arrays in `ar`'s working precision
+    oracle_bwd(ar, work, **inputs, **cotangents) -> likewise, one for each gradient
+    cost(work, which)              -> Cost of one pass
+    reduction(work, name)          -> how many terms the sum behind an output or gradient has
+    probe(work)                    -> {name: Integers(...)}; None where there is a transcendental
     """
 
     stem: str

@@ -1,20 +1,23 @@
-"""The two frameworks behind one small interface. Only files in this folder import torch, triton or jax.
+"""The two frameworks behind one interface. Only files in this folder import torch, triton or jax.
 
-`parity.frameworks.torch` and `parity.frameworks.jax` offer the same names, so that the harness never asks
-which language it is judging:
+`parity.frameworks.torch` and `parity.frameworks.jax` offer the same names, so that the harness
+never asks which language it is judging:
 
     TWIN                         "triton" or "pallas"
-    load(target)                 "module:function" or "FILE.py:function" -> Kernel(public, fwd, bwd, where)
+    load(target)                 "module:function" or "FILE.py:function" -> Kernel
     native(x), harness(x)        harness array <-> the framework's own, without a copy on a GPU
-    run(fn, args, options)       calls fn, waits, returns its results as a flat tuple of native arrays
+    run(fn, args, options)       calls fn on native arrays and waits for its result
     thunk(fn, args, options)     a zero-argument call of it, compiled and ready to be timed
-    witness(fn, args, options, glue)  what, besides kernels of ours, did the work: a list of sentences
+    witness(fn, args, options, glue)  what, besides kernels of ours, did the work: a list of
+    sentences
 
-Harness arrays are NumPy arrays on a CPU and torch CUDA tensors on a GPU: both languages read the same
-addresses there. Environment variables of either framework are set in this folder and nowhere else.
+Harness arrays are NumPy arrays on a CPU and torch CUDA tensors on a GPU: both languages read the
+same addresses there. Environment variables of either framework are set in this folder and nowhere
+else.
 """
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -48,8 +51,8 @@ def twin(name: str) -> ModuleType:
 def interpreters(*, detect_races: bool = True) -> None:
     """Puts this process into CPU mode: Triton's interpreter and Mosaic GPU's, kernels unchanged.
 
-    Call it before a kernel is first imported; calling it again does nothing. Mosaic's interpreter runs with
-    its data-race detector unless `detect_races` is False.
+    Call it before a kernel is first imported; calling it again does nothing. Mosaic's interpreter
+    runs with its data-race detector unless `detect_races` is False.
 
     Raises:
         RuntimeError: triton, or jax with a GPU backend, is already in use in this process.
@@ -57,8 +60,8 @@ def interpreters(*, detect_races: bool = True) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         if "triton" in sys.modules:
             raise RuntimeError(
-                "triton was imported before parity.frameworks.interpreters(): its kernels decide at "
-                "import time whether they are interpreted. Call interpreters() first."
+                "triton was imported before parity.frameworks.interpreters(): its kernels decide "
+                "at import time whether they are interpreted. Call interpreters() first."
             )
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -85,14 +88,13 @@ def load_target(target: str) -> tuple[Callable[..., Any], ModuleType]:
     """Finds "module:function" or "path/to/FILE.py:function".
 
     Raises:
-        ValueError: the target has not that form, or names nothing; the message says which part is missing.
+        ValueError: the target has not that form, or names nothing; the message says which part is
+        missing.
     """
     path, _, name = target.rpartition(":")
     if not path or not name:
         raise ValueError(f"{target!r} is not of the form module:function or FILE.py:function")
     if path.endswith(".py"):
-        import importlib.util
-
         spec = importlib.util.spec_from_file_location(f"parity_impl_{abs(hash(path))}", path)
         if spec is None or spec.loader is None or not os.path.exists(path):
             raise ValueError(f"no file {path!r}")

@@ -1,4 +1,4 @@
-"""JAX and Pallas, as the harness sees them (parity.frameworks lists the names both frameworks offer)."""
+"""JAX and Pallas, as the harness sees them; parity.frameworks lists the names both offer."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ TWIN = "pallas"
 # primitives that contain others, or move and name memory, and compute nothing themselves
 _STRUCTURE = frozenset(
     (
-        "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat "
-        "shard_map reshape broadcast_in_dim squeeze expand_dims stop_gradient iota "
+        "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr "
+        "remat shard_map reshape broadcast_in_dim squeeze expand_dims stop_gradient iota "
         "optimization_barrier"
     ).split()
 )
@@ -26,7 +26,7 @@ _MOSAIC = frozenset(("pallas_call", "core_map", "mpmd_map"))
 
 
 def load(target: str) -> Kernel:
-    """The kernel behind "module:function"; without X_fwd and X_bwd beside it, jax.vjp supplies the passes."""
+    """The kernel behind "module:function"; without X_fwd and X_bwd beside it, jax.vjp serves."""
     public, module = load_target(target)
     fwd = getattr(module, f"{public.__name__}_fwd", None)
     bwd = getattr(module, f"{public.__name__}_bwd", None)
@@ -63,7 +63,7 @@ def native(x: Any) -> Any:
 
 
 def harness(x: Any) -> Any:
-    """A jax array as the harness keeps it: NumPy on a CPU, a torch tensor on the same memory on a GPU."""
+    """As the harness keeps it: NumPy on a CPU, a torch tensor on the same memory on a GPU."""
     if x is None:
         return None
     if frameworks.interpreted():
@@ -132,7 +132,7 @@ def outputs_of(out: Any) -> tuple[Any, ...]:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation, those inside calls and control flow too, but not those inside a Mosaic kernel."""
+    """Every equation, inside calls and control flow too, but not inside a Mosaic kernel."""
     for eqn in jaxpr.eqns:
         yield eqn
         if eqn.primitive.name in _MOSAIC:
@@ -150,7 +150,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 def witness(
     fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], glue: Sequence[str]
 ) -> list[str]:
-    """Who did the work? Sentences about primitives that compute outside a Mosaic kernel, or about no kernel.
+    """Who did the work? Sentences about what computes outside a Mosaic kernel.
 
     On a GPU also: at least nine tenths of the device time must be in Mosaic kernels.
     """

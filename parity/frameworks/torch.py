@@ -1,4 +1,4 @@
-"""PyTorch and Triton, as the harness sees them (parity.frameworks lists the names both frameworks offer)."""
+"""PyTorch and Triton, as the harness sees them; parity.frameworks lists the names both offer."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +18,10 @@ TWIN = "triton"
 # aten operations that move or name memory and compute nothing
 _STRUCTURE = frozenset(
     (
-        "empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros zero_ fill_ "
-        "view _unsafe_view reshape as_strided alias detach slice select expand permute transpose t "
-        "unsqueeze squeeze unflatten split clone copy_ _to_copy contiguous resize_ set_ lift_fresh"
+        "empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros "
+        "zero_ fill_ view _unsafe_view reshape as_strided alias detach slice select expand "
+        "permute transpose t unsqueeze squeeze unflatten split clone copy_ _to_copy contiguous "
+        "resize_ set_ lift_fresh"
     ).split()
 )
 
@@ -30,7 +31,7 @@ def device() -> str:
 
 
 def load(target: str) -> Kernel:
-    """The kernel behind "module:function"; without X_fwd and X_bwd beside it, autograd supplies the passes."""
+    """The kernel behind "module:function"; without X_fwd and X_bwd beside it, autograd serves."""
     public, module = load_target(target)
     fwd = getattr(module, f"{public.__name__}_fwd", None)
     bwd = getattr(module, f"{public.__name__}_bwd", None)
@@ -91,7 +92,7 @@ def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
 
 
 def native(x: Any) -> Any:
-    """A harness array as a torch tensor on the device; shares memory where torch knows the dtype."""
+    """A harness array as a torch tensor on the same memory."""
     if x is None or isinstance(x, torch.Tensor):
         return x
     x = np.ascontiguousarray(x)
@@ -169,9 +170,10 @@ class _Operations(TorchDispatchMode):
 def witness(
     fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], glue: Sequence[str]
 ) -> list[str]:
-    """Who did the work? Sentences about torch operations that compute, and about a launch that never came.
+    """Who did the work? Sentences about torch operations that compute, or about no launch.
 
-    On a GPU also: at least nine tenths of the device time must be in kernels launched through Triton.
+    On a GPU also: at least nine tenths of the device time must be in kernels launched through
+    Triton.
     """
     from parity.frameworks import triton_interpreter
 
@@ -189,7 +191,7 @@ def witness(
 
 
 def share_of_ours(call: Callable[[], Any], ours: Sequence[str]) -> list[str]:
-    """A sentence if kernels whose names hold none of `ours` take over a tenth of the device time."""
+    """A sentence if kernels named like none of `ours` take over a tenth of the device time."""
     from parity.frameworks import tracer
 
     kernels = tracer.kernels(call)

@@ -1,7 +1,7 @@
-"""Every touch of a private name of Triton: its interpreter, and the counting of launches. Triton 3.6 to 3.9.
+"""Triton's private names the checks need: its interpreter, and launches. Triton 3.6 to 3.9.
 
-`probes()` runs what the interpreter is known to get wrong without saying so (docs/silent-lies.md); the tests
-assert that each is still wrong, so that a fix upstream shows and a rule here can go.
+`probes()` runs what the interpreter is known to get wrong without saying so (docs/silent-lies.md);
+the tests assert that each is still wrong, so that a fix upstream shows and a rule here can go.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Probe(NamedTuple):
 
 @contextlib.contextmanager
 def count_launches() -> Iterator[list[str]]:
-    """Collects the names of the Triton kernels launched inside the block, interpreted or compiled."""
+    """The names of the Triton kernels launched inside the block, interpreted or compiled."""
     names: list[str] = []
     if frameworks.interpreted():
         from triton.runtime.interpreter import GridExecutor

@@ -1,6 +1,7 @@
 """Root-mean-square normalisation of rows, with an optional residual added first.
 
-    h = round(x + residual)      rstd[r] = (mean_n h[r, n]^2 + eps)^(-1/2)      y = h * rstd * (w + w_offset)
+    h = round(x + residual)    rstd[r] = (mean_n h[r, n]^2 + eps)^(-1/2)
+    y = h * rstd * (w + w_offset)
     x [R, N]   w [N]   residual [R, N]   ->   y [R, N]   (and h [R, N] with a residual)
 
     for every row:
@@ -10,7 +11,7 @@
 
 Backward, with xh = h * rstd and g = dy * (w + w_offset):
     dx = rstd * (g - xh * mean_n(g * xh)) + dh          (also the gradient of residual)
-    dw = sum_r dy * xh                                  partial sums per program, then added in a fixed order
+    dw = sum_r dy * xh                                  partial sums, added in a fixed order
 """
 
 from typing import Any

@@ -1,7 +1,9 @@
 """Softmax over rows, with an optional mask; a row that keeps nothing is all zeros.
 
-    y[r, n] = exp(scale * x[r, n] - top[r]) / sum_j exp(scale * x[r, j] - top[r])   over the kept j, else 0
-    x [R, N]   mask [R, N] (True = keep)   causal_offset: row r keeps columns n <= r + causal_offset   ->   y [R, N]
+    y[r, n] = exp(scale * x[r, n] - top[r]) / sum_j exp(scale * x[r, j] - top[r])
+    over the kept j; 0 where masked
+    x [R, N]   mask [R, N] (True = keep)   ->   y [R, N]
+    causal_offset: row r keeps columns n <= r + causal_offset
 
     for every row:
         top = max over kept of scale * x         read once

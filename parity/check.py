@@ -1,0 +1,266 @@
+"""Checks both twins of a problem on one workload: every rule, one row per pass and twin.
+
+For each pass the order is: a decoy (other inputs of the same sizes, so that a remembered answer
+shows), the run that is judged, the same run again (bit for bit equal), the exact probe on whole
+numbers where the problem has one, and the witness (who did the work). Then the twins are compared
+with each other.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from parity import frameworks
+from parity.frameworks import Kernel
+from parity.judge import (
+    Verdict,
+    judge,
+    judge_exact,
+    judge_twins,
+    limit,
+    truth_and_model,
+    ulp_histogram,
+)
+from parity.spec import Array, Descriptor, Problem, Workload
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found for one implementation on one pass of one workload."""
+
+    problem: str
+    workload: str
+    which: str  # "fwd" or "bwd"
+    impl: str
+    dtype: str
+    ok: bool
+    reason: str
+    detail: str
+    error: float  # the largest error over its yardstick decides which output is reported here
+    yardstick: float
+    verdicts: tuple[Verdict, ...]
+    seconds: float
+    ulp: Mapping[str, float] | None = None  # distance between the twins, in units in the last place
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def check(
+    problem: Problem,
+    work: Workload,
+    *,
+    impls: Mapping[str, str] | None = None,
+    passes: tuple[str, ...] | None = None,
+    seed: int = 0,
+    repeats: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Check]:
+    """Checks implementations of `problem` on `work`; a failure is a row, never an exception.
+
+    Args:
+        impls: {"triton" or "pallas": "module:function" or "FILE.py:function"}; default: the twins.
+        passes: default: those of the workload. seed: of the inputs. repeats: runs that must agree
+        bit for bit; default 3 on a GPU, 1 in the interpreters, which run in order. progress: called
+        with a short phrase before each step.
+
+    Returns:
+        One Check per pass and implementation, in that order.
+    """
+    from parity.frameworks import torch as memory
+
+    impls = dict(problem.implementations if impls is None else impls)
+    repeats = repeats or (1 if frameworks.interpreted() else 3)
+    tell = progress or (lambda phrase: None)
+    rows: list[Check] = []
+    for which in passes or work.passes:
+        specs = (problem.outputs if which == "fwd" else problem.grads)(work)
+        arrays = memory.draw(_described(problem, work), seed)
+        tell(f"{problem.stem} {work.name} {which}: float64 oracle")
+        truth, model = truth_and_model(problem, work, which, _seen(problem, work, which, arrays))
+        results: dict[str, tuple[Any, ...]] = {}
+        for impl, target in impls.items():
+            tell(f"{problem.stem} {work.name} {which}: {impl}")
+            start = time.perf_counter()
+            subject = _Subject(problem, work, which, frameworks.twin(impl), target)
+            try:
+                verdicts, outputs = subject.judged(arrays, seed, repeats, truth, model, specs)
+                results[impl] = outputs
+            except Exception as e:
+                verdicts = [_crashed(e)]
+            rows.append(_row(problem, work, which, impl, verdicts, time.perf_counter() - start))
+        if len(results) == 2 and all(row.ok for row in rows[-2:]):
+            rows[-2:] = _compared(problem, work, rows[-2:], results, truth, specs)
+    return rows
+
+
+class _Subject:
+    """One implementation on one pass of one workload."""
+
+    def __init__(
+        self, problem: Problem, work: Workload, which: str, twin: ModuleType, target: str
+    ) -> None:
+        self.problem, self.work, self.which, self.twin = problem, work, which, twin
+        self.target = target
+        self.options = dict(work.options)
+        self.bwd_options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
+
+    def judged(
+        self,
+        arrays: Mapping[str, Any],
+        seed: int,
+        repeats: int,
+        truth: tuple,
+        model: tuple,
+        specs: Mapping[str, Array],
+    ) -> tuple[list[Verdict], tuple[Any, ...]]:
+        from parity.frameworks import torch as memory
+
+        twin, problem, work = self.twin, self.problem, self.work
+        kernel = twin.load(self.target)
+        decoy = self._call(kernel, memory.draw(_described(problem, work), seed + 1))
+        fn, args, options = self._pass(kernel, arrays)
+        before = [twin.copy(x) for x in _leaves(args)]
+        out = twin.outputs_of(twin.run(fn, args, options))
+        for x, was in zip(_leaves(args), before, strict=True):
+            if not twin.same_bits(x, was):
+                return [Verdict("inputs", False, "mutated", "an input was written to")], ()
+        if len(out) != len(specs):
+            detail = f"returned {len(out)} arrays, expected {len(specs)}: {', '.join(specs)}"
+            return [Verdict("outputs", False, "shape", detail)], ()
+        for _ in range(repeats - 1):
+            again = twin.outputs_of(twin.run(fn, args, options))
+            if not all(map(twin.same_bits, out, again)):
+                detail = "two runs on the same inputs differ"
+                return [Verdict("outputs", False, "nondeterministic", detail)], ()
+        outputs = tuple(twin.harness(x) for x in out)
+        verdicts = [
+            judge(n, y, r, m, s, family=problem.family, terms=problem.reduction(work, n))
+            for (n, s), y, r, m in zip(specs.items(), outputs, truth, model, strict=True)
+        ]
+        if not all(v.ok for v in verdicts) and any(map(twin.same_bits, out, decoy)):
+            detail = "the answer is that of an earlier call with other inputs"
+            return [Verdict("outputs", False, "cached", detail)], ()
+        if problem.probe is not None and all(v.ok for v in verdicts):
+            verdicts += self._probe(kernel, seed, specs)
+        if all(v.ok for v in verdicts):
+            wrong = twin.witness(fn, args, options, problem.glue)
+            verdicts += [Verdict("witness", False, "witness", sentence) for sentence in wrong]
+        return verdicts, outputs
+
+    def _pass(self, kernel: Kernel, arrays: Mapping[str, Any]) -> tuple[Callable, list, dict]:
+        """The function of this pass, its native arguments and its options."""
+        inputs = [self.twin.native(arrays[n]) for n in self.problem.inputs(self.work)]
+        if self.which == "fwd":
+            return _first_of(kernel.fwd), inputs, self.options
+        _, res = self.twin.run(kernel.fwd, inputs, self.options)
+        cotangents = [self.twin.native(arrays[n]) for n in self.problem.cotangents(self.work)]
+        return kernel.bwd, [res, *cotangents], self.bwd_options
+
+    def _call(self, kernel: Kernel, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+        return self.twin.outputs_of(self.twin.run(*self._pass(kernel, arrays)))
+
+    def _probe(self, kernel: Kernel, seed: int, specs: Mapping[str, Array]) -> list[Verdict]:
+        from parity.frameworks import torch as memory
+
+        arrays = memory.draw(self.problem.probe(self.work), seed)
+        seen = _seen(self.problem, self.work, self.which, arrays)
+        truth, _ = truth_and_model(self.problem, self.work, self.which, seen)
+        out = tuple(map(self.twin.harness, self._call(kernel, arrays)))
+        return [
+            judge_exact(n, y, r, s) for (n, s), y, r in zip(specs.items(), out, truth, strict=True)
+        ]
+
+
+def _described(problem: Problem, work: Workload) -> dict[str, Descriptor]:
+    return {**problem.inputs(work), **problem.cotangents(work)}
+
+
+def _seen(
+    problem: Problem, work: Workload, which: str, arrays: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the oracle of one pass reads."""
+    return {n: x for n, x in arrays.items() if which == "bwd" or n in problem.inputs(work)}
+
+
+_FIRST: dict[Callable, Callable] = {}
+
+
+def _first_of(fwd: Callable) -> Callable:
+    """X_fwd's outputs without its residuals; one object per kernel, so that jit's caches hold."""
+    if fwd not in _FIRST:
+
+        def outputs(*args: Any, **options: Any) -> Any:
+            return fwd(*args, **options)[0]
+
+        _FIRST[fwd] = outputs
+    return _FIRST[fwd]
+
+
+def _leaves(args: list) -> list[Any]:
+    flat: list[Any] = []
+    for x in args:
+        if isinstance(x, (tuple, list)):
+            flat += _leaves(list(x))
+        elif hasattr(x, "dtype"):
+            flat.append(x)
+    return flat
+
+
+def _crashed(e: Exception) -> Verdict:
+    reason = getattr(e, "parity_reason", "crash")  # a data race says so itself
+    first = str(e).strip().splitlines() or [""]
+    return Verdict("call", False, reason, f"{type(e).__name__}: {first[0][:300]}")
+
+
+def _row(
+    problem: Problem, work: Workload, which: str, impl: str, verdicts: list[Verdict], seconds: float
+) -> Check:
+    bad = next((v for v in verdicts if not v.ok), None)
+    judged = [v for v in verdicts if v.yardstick == v.yardstick]
+    worst = bad or max(judged, key=lambda v: v.error / (v.yardstick + 1e-6), default=verdicts[0])
+    return Check(
+        problem.stem,
+        work.name,
+        which,
+        impl,
+        work.dtype,
+        bad is None,
+        bad.reason if bad else "",
+        bad.detail if bad else "",
+        worst.error,
+        worst.yardstick,
+        tuple(verdicts),
+        seconds,
+    )
+
+
+def _compared(
+    problem: Problem,
+    work: Workload,
+    rows: list[Check],
+    results: Mapping[str, tuple[Any, ...]],
+    truth: tuple,
+    specs: Mapping[str, Array],
+) -> list[Check]:
+    """Adds the distance between the twins to their rows; too far apart fails both."""
+    first, second = results.values()
+    ulp: dict[str, float] = {}
+    verdicts = []
+    for i, (name, spec) in enumerate(specs.items()):
+        star = next(v.yardstick for v in rows[0].verdicts if v.output == name)
+        bound = limit(problem.family, spec.dtype, star, problem.reduction(work, name))
+        verdicts.append(judge_twins(name, first[i], second[i], truth[i], star, spec, bound))
+        if i == 0 and isinstance(first[0], np.ndarray):
+            ulp = ulp_histogram(first[0], second[0])
+    bad = next((v for v in verdicts if not v.ok), None)
+    apart = {"ulp": ulp or None}
+    if bad is not None:
+        apart |= {"ok": False, "reason": bad.reason, "detail": bad.detail}
+    return [
+        replace(row, verdicts=(*row.verdicts, *((bad,) if bad else ())), **apart) for row in rows
+    ]
