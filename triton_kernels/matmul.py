@@ -18,7 +18,7 @@ Sources: the order of tiles and the loop over k follow the Triton tutorials 03 a
 tile loop and the split epilogue follow tutorial 09.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -81,11 +81,14 @@ def _load_tile(
 ):  # fmt: skip
     """x[row : row + block_r, col : col + block_c], zeros beyond the edges."""
     if tma:
-        return x.load([row, col])
-    r = row + tl.arange(0, block_r)
-    c = col + tl.arange(0, block_c)
-    offsets = r.to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
-    return tl.load(x + offsets, mask=(r[:, None] < rows) & (c[None, :] < cols), other=0.0)
+        tile = x.load([row, col])
+    else:
+        r = row + tl.arange(0, block_r)
+        c = col + tl.arange(0, block_c)
+        mask = (r[:, None] < rows) & (c[None, :] < cols)
+        offsets = r.to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
+        tile = tl.load(x + offsets, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -169,9 +172,12 @@ def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype, config: list[int] | N
     with _lib.on_device(a):
         _lib.check_gpu()
         tma = _lib.has_tma() and all(map(_lib.tma_ready, (a, b, c)))
-        tiles = Config(*config) if config else default_config(M, N, K, a.dtype)
-        if not tma and not config:
-            tiles = POINTER_CONFIG
+        if config:
+            tiles = Config(*config)
+        else:
+            tiles = default_config(M, N, K, a.dtype) if tma else POINTER_CONFIG
+            if out_dtype is torch.float32:  # the store stages twice the bytes in shared memory
+                tiles = replace(tiles, stages=3)
         block_m, block_n, block_k = tiles.block_m, tiles.block_n, tiles.block_k
 
         def operand(x: Tensor, *block: int) -> TensorDescriptor | Tensor:
