@@ -1,0 +1,167 @@
+"""The Pallas half of the compile gate: cross-lowering for CUDA through jax's public API.
+
+Lowering at production shapes checks layouts, alignment, TMA and wgmma rules and shared memory; the
+lowered module also tells grid, shared memory and TMA descriptors. Registers and spills need ptxas:
+`parity.frameworks.compile_sass`, where the environment for it exists. Runs in a process of its own
+on the CPU platform: `from parity.frameworks.compile_pallas import main; main()`.
+
+Not public, checked on jax 0.11.2: the custom call's name and attribute, and the names of the
+operations inside the module.
+"""
+
+import functools
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.extend.mlir import ir
+
+from parity.frameworks import Kernel
+from parity.frameworks.compile_sass import Assembler
+from parity.frameworks.compile_worker import (
+    Configs,
+    Request,
+    Row,
+    failure,
+    serve,
+)
+from parity.frameworks.jax import load
+
+NUM_SMS = 132
+_DIALECT = "stable_mosaic_gpu."
+_TMA = {
+    "nvvm.cp.async.bulk.tensor.shared.cluster.global": "tma_load",
+    "nvvm.cp.async.bulk.tensor.global.shared.cta": "tma_store",
+}
+
+
+def main(environment: str = "", cache: str = "") -> None:
+    """`environment` is the folder with jax's CUDA plugin; empty: lowering alone."""
+    # persistent kernels size their grid by the GPU: answer for the one that is not here
+    vars(importlib.import_module("pallas_kernels._lib"))["num_sms"] = lambda: NUM_SMS
+    assemble = Assembler(Path(environment), Path(cache)) if environment else None
+    try:
+        serve(lambda request: compile_one(assemble, request))
+    finally:
+        if assemble is not None:
+            assemble.close()
+
+
+def compile_one(assemble: Assembler | None, request: Request) -> list[Row]:
+    """Rows of both passes of one request: every Mosaic GPU call that each of them lowers to."""
+    kernel = load(request["implementation"])
+    configs = Configs(kernel.public, request["config"])
+    inputs = [_struct(d) for d in request["inputs"]]
+    cotangents = [_struct(d) for d in request["cotangents"]]
+    forward = functools.partial(kernel.fwd, **request["options"], **configs.keywords)
+    rows: list[Row] = []
+    if "fwd" in request["passes"]:
+        rows += _lower(assemble, request, "fwd", configs, forward, inputs)
+    if "bwd" in request["passes"]:
+        try:
+            _, res = jax.eval_shape(forward, *inputs)
+        except Exception as error:
+            return [*rows, failure("bwd", request, error)]
+        options = request["bwd_options"] if _has_launchers(kernel) else request["options"]
+        backward = functools.partial(kernel.bwd, **options, **configs.keywords)
+        rows += _lower(assemble, request, "bwd", configs, backward, [res, *cotangents])
+    return rows
+
+
+def _lower(
+    assemble: Assembler | None,
+    request: Request,
+    which: str,
+    configs: Configs,
+    function: Callable[..., Any],
+    args: list[Any],
+) -> list[Row]:
+    with configs:
+        try:
+            traced = jax.jit(lambda *a: function(*a)).trace(*args)
+            lowered: Any = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+            modules = list(_mosaic_modules(lowered.operation))
+            if not modules:
+                raise NotImplementedError("lowered to no Mosaic GPU kernel")
+            rows: list[Row] = []
+            for module, config in zip(modules, configs.of_calls(len(modules)), strict=True):
+                row = _read(module, lowered.context) | {"status": "lowered", "message": ""}
+                row |= {} if assemble is None else assemble(module)
+                row |= {"pass": which, "config": config}
+                if row not in rows:
+                    rows.append(row)
+            return rows
+        except Exception as error:
+            return [failure(which, request, error, config=configs.latest())]
+
+
+def _has_launchers(kernel: Kernel) -> bool:
+    return hasattr(sys.modules[kernel.public.__module__], f"{kernel.public.__name__}_bwd")
+
+
+def _struct(descriptor: list[Any]) -> jax.ShapeDtypeStruct:
+    shape, dtype = descriptor
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+
+
+def _operations(operation: Any) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region:
+            for op in block:
+                yield op.operation
+                yield from _operations(op.operation)
+
+
+def _mosaic_modules(lowered: Any) -> Iterator[bytes]:
+    for op in _operations(lowered):
+        if op.name == "stablehlo.custom_call" and "mosaic_gpu" in str(
+            op.attributes["call_target_name"]
+        ):
+            config = ir.DictAttr(op.attributes["mhlo.backend_config"])
+            yield ir.StringAttr(config["module"]).value_bytes
+
+
+def _read(module: bytes, context: Any) -> Row:
+    """What a serialised Mosaic GPU module says about its kernel."""
+    context.allow_unregistered_dialects = True  # the serialised dialect is registered nowhere
+    parsed = ir.Module.parse(module, context=context).operation
+    row: Row = {"kernel": ir.StringAttr(parsed.attributes["sym_name"]).value}
+    counts: dict[str, int] = dict.fromkeys(("wgmma", "tma_load", "tma_store", "tma_descriptors"), 0)
+    for op in _operations(parsed):
+        name = op.name.removeprefix(_DIALECT)
+        if name == "gpu.launch":
+            row |= _launch(op)
+        elif name == "llvm.inline_asm":
+            counts["wgmma"] += "wgmma.mma_async" in str(op.attributes["asm_string"])
+        elif name == "func.call":
+            counts["tma_descriptors"] += "init_tma_desc" in str(op.attributes["callee"])
+        elif name in _TMA:
+            counts[_TMA[name]] += 1
+    return row | counts
+
+
+def _launch(launch: Any) -> Row:
+    # an async token, grid x y z, block x y z, perhaps cluster x y z, then the shared memory
+    segments = list(launch.attributes["operandSegmentSizes"])
+    values = [_constant(operand) for operand in list(launch.operands)[segments[0] :]]
+    block = [size for size in values[3:6] if size is not None]
+    threads = math.prod(block) if len(block) == 3 else None
+    return {"grid": values[:3], "threads": threads, "shared_bytes": values[-1]}
+
+
+def _constant(value: Any) -> int | None:
+    """The integer behind a value, through casts; None where it is computed."""
+    op = value.owner
+    while op.operation.name.removeprefix(_DIALECT) == "arith.index_cast":
+        op = op.operation.operands[0].owner
+    if op.operation.name.removeprefix(_DIALECT) != "arith.constant":
+        return None
+    return ir.IntegerAttr(op.operation.attributes["value"]).value

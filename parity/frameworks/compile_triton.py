@@ -1,0 +1,86 @@
+"""The Triton half of the compile gate: launchers on meta tensors under the compile-only driver.
+
+Runs in a process of its own without the interpreter:
+`from parity.frameworks.compile_triton import main; main()`.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+
+from parity.frameworks import triton_compile_only
+from parity.frameworks.compile_worker import (
+    Configs,
+    Request,
+    Row,
+    failure,
+    serve,
+)
+from parity.frameworks.torch import load
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as compiled:
+        gate = triton_compile_only.install(Path(compiled))
+        serve(lambda request: compile_one(gate, request))
+
+
+def compile_one(gate: triton_compile_only.CompileOnly, request: Request) -> list[Row]:
+    """Rows of both passes of one request: every kernel that each call launches."""
+    kernel = load(request["implementation"])
+    configs = Configs(kernel.public, request["config"])
+    inputs = [_meta(d) for d in request["inputs"]]
+    cotangents = [_meta(d) for d in request["cotangents"]]
+    rows: list[Row] = []
+    res: Any = None
+
+    def forward() -> None:
+        nonlocal res
+        _, res = kernel.fwd(*inputs, **request["options"], **configs.keywords)
+
+    def backward() -> None:
+        kernel.bwd(res, *cotangents, **request["bwd_options"], **configs.keywords)
+
+    forward_rows, fails = _call(gate, request, "fwd", configs, forward)
+    if "fwd" in request["passes"]:
+        rows += forward_rows
+    if "bwd" in request["passes"]:
+        if fails:
+            rows.append(failure("bwd", request, "not compiled: the forward fails"))
+        else:
+            rows += _call(gate, request, "bwd", configs, backward)[0]
+    return rows
+
+
+def _call(
+    gate: triton_compile_only.CompileOnly,
+    request: Request,
+    which: str,
+    configs: Configs,
+    call: Callable[[], None],
+) -> tuple[list[Row], bool]:
+    error: str | Exception | None = None
+    gate.config = configs.latest
+    with configs, gate.record() as launched:
+        try:
+            call()
+        except Exception as raised:
+            error = raised
+    rows = [row | {"pass": which} for row in launched]
+    if error is None and not rows:
+        error = "launched no Triton kernel"
+    if error is not None:
+        known = {"config": configs.latest()} | gate.unloaded
+        rows.append(failure(which, request, error, **known))
+    return rows, error is not None
+
+
+def _meta(descriptor: list[Any]) -> torch.Tensor:
+    shape, dtype = descriptor
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")

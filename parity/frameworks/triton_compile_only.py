@@ -1,0 +1,137 @@
+"""A driver that compiles for sm_90a and launches nothing.
+
+It answers what triton asks of a CUDA driver as an H200 would, so that a public wrapper runs
+unchanged on a machine without a GPU, on meta tensors: same specialization, same machine code.
+Instead of loading a kernel it reads resources off ptxas' log and instructions off the disassembly
+(the wheel brings nvdisasm). Every private name of triton that the compile gate touches is here,
+checked on triton 3.6: runtime.driver, backends.driver.DriverBase, the signatures of launchers and
+of load_binary, where nvdisasm lies.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from parity.frameworks.compile_worker import Row, ptxas_numbers, sass_numbers, verdict
+
+NUM_SMS = 132
+H200 = {
+    "max_shared_mem": 232448,  # bytes a block may ask for
+    "max_num_regs": 65536,
+    "multiprocessor_count": NUM_SMS,
+    "warpSize": 32,
+    "sm_clock_rate": 1980000,
+    "mem_clock_rate": 3201000,
+    "mem_bus_width": 6144,
+}
+
+
+class CompileOnly(DriverBase):
+    """Stands in for CUDA's driver and keeps a row of every kernel that is launched."""
+
+    def __init__(self) -> None:
+        self.utils = self  # triton asks driver.utils for device properties and for loading
+        self.launched: list[Row] = []
+        self._read: dict[str, Row] = {}  # what was read off each cubin, by its hash
+        self.config: Callable[[], dict[str, Any]] = dict  # which Config is running, asked at launch
+        self.log = io.StringIO()
+        self.unloaded: Row = {}  # a kernel that compiled and was refused before it could be loaded
+        self._nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[list[Row]]:
+        """The kernels launched inside, in order, each once."""
+        self.launched, self.unloaded = [], {}
+        with contextlib.redirect_stdout(self.log):
+            yield self.launched
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        row = self.unloaded = {
+            "kernel": metadata.name,
+            "shared_bytes": metadata.shared,
+            "threads": metadata.num_warps * 32,
+            "tma_descriptors": sum("tensordesc" in str(t) for t in src.signature.values()),
+        }
+
+        def launch(grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:
+            launched = row | {"grid": [grid_x, grid_y, grid_z], "config": self.config()}
+            if launched not in self.launched:
+                self.launched.append(launched)
+
+        return launch
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        numbers = ptxas_numbers(self.log.getvalue())
+        self.log.seek(0)
+        self.log.truncate()
+        key = hashlib.sha256(cubin).hexdigest()
+        if numbers is not None:
+            self._read[key] = verdict(numbers | sass_numbers(self._disassemble(cubin)))
+        row, self.unloaded = self.unloaded, {}
+        row.update(self._read[key])  # triton compiles equal kernels once: no second log
+        return None, None, row["registers"], row["spills"], 1024
+
+    def _disassemble(self, cubin: bytes) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            command = [str(self._nvdisasm), "-c", file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return H200
+
+    @classmethod
+    def is_active(cls) -> Any:
+        return True
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def get_benchmarker(self) -> Any:
+        raise RuntimeError("nothing runs here: a kernel must not tune at call time")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+def install(compiled: Path) -> CompileOnly:
+    """Makes triton compile for a Hopper that is not there; `compiled` is its (empty) cache folder.
+
+    Raises RuntimeError when triton was imported for its interpreter.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("triton runs interpreted in this process: nothing would be compiled")
+    os.environ["TRITON_CACHE_DIR"] = str(compiled)
+    knobs.nvidia.dump_ptxas_log = True
+    compile_only = CompileOnly()
+    driver.set_active(compile_only)
+    return compile_only
