@@ -54,7 +54,7 @@ def check(
     problem: Problem,
     work: Workload,
     *,
-    impls: Mapping[str, str] | None = None,
+    impls: Mapping[str, str | Kernel] | None = None,
     passes: tuple[str, ...] | None = None,
     seed: int = 0,
     repeats: int | None = None,
@@ -63,7 +63,8 @@ def check(
     """Checks implementations of `problem` on `work`; a failure is a row, never an exception.
 
     Args:
-        impls: {"triton" or "pallas": "module:function" or "FILE.py:function"}; default: the twins.
+        impls: {"triton" or "pallas": a Kernel, "module:function" or "FILE.py:function"}; default:
+            the twins.
         passes: default: those of the workload. seed: of the inputs. repeats: runs that must agree
         bit for bit; default 3 on a GPU, 1 in the interpreters, which run in order. progress: called
         with a short phrase before each step.
@@ -102,7 +103,7 @@ class _Subject:
     """One implementation on one pass of one workload."""
 
     def __init__(
-        self, problem: Problem, work: Workload, which: str, twin: ModuleType, target: str
+        self, problem: Problem, work: Workload, which: str, twin: ModuleType, target: str | Kernel
     ) -> None:
         self.problem, self.work, self.which, self.twin = problem, work, which, twin
         self.target = target
@@ -121,7 +122,8 @@ class _Subject:
         from parity.frameworks import torch as memory
 
         twin, problem, work = self.twin, self.problem, self.work
-        kernel = twin.load(self.target)
+        target = self.target
+        kernel = target if isinstance(target, Kernel) else twin.load(target)
         decoy = self._call(kernel, memory.draw(_described(problem, work), seed + 1))
         fn, args, options = self._pass(kernel, arrays)
         before = [twin.copy(x) for x in _leaves(args)]

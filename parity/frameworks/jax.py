@@ -166,3 +166,21 @@ def witness(
         call = thunk(fn, args, options)
         wrong += share_of_ours(lambda: jax.block_until_ready(call()), ("_kernel", "mosaic"))
     return wrong
+
+
+def library(stem: str) -> Callable[..., Any]:
+    """The same mathematics in JAX's own operations: the planted fault "a library call in disguise"."""
+
+    def matmul(a: Any, b: Any, *, out_dtype: str | None = None) -> Any:
+        c = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+        return c.astype(out_dtype or a.dtype)
+
+    def softmax(x: Any, *, scale: float = 1.0) -> Any:
+        return jax.nn.softmax(scale * x.astype(jnp.float32), axis=1).astype(x.dtype)
+
+    def rms_norm(x: Any, w: Any, *, eps: float = 1e-6) -> Any:
+        h = x.astype(jnp.float32)
+        y = h * jax.lax.rsqrt(jnp.mean(h * h, axis=1, keepdims=True) + eps)
+        return (y * w.astype(jnp.float32)).astype(x.dtype)
+
+    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}[stem]

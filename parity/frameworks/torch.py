@@ -208,3 +208,18 @@ def share_of_ours(call: Callable[[], Any], ours: Sequence[str]) -> list[str]:
     return [
         f"{sum(foreign.values()) / total:.0%} of the device time is not ours, most in {worst[:80]}"
     ]
+
+
+def library(stem: str) -> Callable[..., Any]:
+    """The same mathematics in PyTorch's own operations: the planted fault "a library call in disguise"."""
+
+    def matmul(a: Any, b: Any, *, out_dtype: str | None = None) -> Any:
+        return (a.float() @ b.float()).to(dtype_named(torch, out_dtype) if out_dtype else a.dtype)
+
+    def softmax(x: Any, *, scale: float = 1.0) -> Any:
+        return torch.softmax(scale * x.float(), 1).to(x.dtype)
+
+    def rms_norm(x: Any, w: Any, *, eps: float = 1e-6) -> Any:
+        return torch.nn.functional.rms_norm(x.float(), x.shape[1:], w.float(), eps).to(x.dtype)
+
+    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}[stem]
