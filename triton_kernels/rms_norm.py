@@ -1,0 +1,440 @@
+"""Root-mean-square normalisation of rows, with an optional residual added first.
+
+    h = round(x + residual)      rstd[r] = (mean_n h[r, n]^2 + eps)^(-1/2)
+    y = h * rstd * (w + w_offset)
+
+    for each tile of rows of this program:
+        a row fits a tile:  load it once; rstd and y from registers
+        a longer row:       for each chunk: h, squares += h * h; walk back: load h again, store y
+
+    Backward, with xh = h * rstd and g = dy * (w + w_offset):
+        dx = rstd * (g - xh * mean_n(g * xh)) + dh          dw = sum_r dy * xh
+    for each tile of rows of this program:
+        mean of g * xh over the whole row; then dx; and dw += dy * xh, in registers
+    this program's dw to a workspace [programs, N]; a second kernel adds those in a fixed order
+
+Limits: from Ampere up; bfloat16, float16, float32; statistics and dw in float32.
+
+Twin: pallas_kernels/rms_norm.py.
+
+Sources: Zhang and Sennrich (arXiv:1910.07467); partial weight gradients for each program and a
+second kernel that adds them follow the Triton tutorial 05 (there with locks, here without).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _lib
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHUNKS = 8  # chunks of block_n columns whose dw one program of the backward keeps in registers
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and resources of the kernels; beyond the last bits the result ignores them.
+
+    block_m: rows of a tile.
+    block_n: columns of a tile. A row that is longer is read twice, in chunks of block_n.
+    stages: tiles in flight or in use; 1 leaves that to the programs that share a multiprocessor.
+    warps: warps of a program.
+    programs: programs for each multiprocessor, which then walk over the tiles; 0: one for each tile
+        (the backward takes that for 1: it writes a partial dw for each program).
+    """
+
+    block_m: int = 1
+    block_n: int = 4096
+    stages: int = 1
+    warps: int = 4
+    programs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_m", 1), ("block_n", 16)):
+            size = getattr(self, name)
+            if size < least or size & (size - 1):
+                raise ValueError(f"{name}: expected a power of two >= {least}, got {size}")
+
+
+def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Config:
+    """The Config for R rows of N columns; which: "fwd" or "bwd"."""
+    del R, dtype
+    block_n = max(64, _lib.power_of_2(N))
+    if which == "fwd":
+        if N > 32768:
+            return Config(1, 16384, stages=1, warps=32)
+        # 16 elements of a row for each thread: two loads of 16 bytes in flight
+        return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 1024)))
+    if N > 8192:
+        return Config(1, 4096, stages=1, warps=16, programs=1)
+    return Config(max(1, 2048 // block_n), block_n, 3, min(16, max(4, block_n // 512)), 1)
+
+
+@triton.jit
+def _load_h(x, residual, offsets, inside, has_residual: tl.constexpr):
+    """The normalised quantity, rounded as it is stored, in float32."""
+    h = tl.load(x + offsets, mask=inside, other=0.0)
+    if has_residual:
+        added = h.to(tl.float32) + tl.load(residual + offsets, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        h = added.to(h.dtype)
+    return h.to(tl.float32)
+
+
+@triton.jit
+def _store_y(
+    y, h_out, offsets, inside, h, rstd, w,
+    has_residual: tl.constexpr, cast_before_weight: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = y.dtype.element_ty
+    xh = h * rstd
+    if cast_before_weight:
+        xh = xh.to(dtype).to(tl.float32)
+    tl.store(y + offsets, (xh * w).to(dtype), mask=inside)
+    if has_residual:
+        tl.store(h_out + offsets, h.to(dtype), mask=inside)
+
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr,  # [R, N]
+    w_ptr,  # [N]
+    residual_ptr,  # [R, N] or None
+    y_ptr,  # [R, N]
+    h_ptr,  # [R, N] or None
+    rstd_ptr,  # [R]
+    R, N, stride_xr, stride_rr, eps, w_offset,
+    cast_before_weight: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
+):  # fmt: skip
+    has_residual: tl.constexpr = residual_ptr is not None
+    n = tl.arange(0, block_n)[None, :]
+    if whole:
+        w = tl.load(w_ptr + n, mask=n < N, other=0.0).to(tl.float32) + w_offset
+    num_m = tl.cdiv(R, block_m)
+    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages):
+        # --- 1. which tile
+        m = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
+        rows = m[:, None]
+        x, y = x_ptr + rows * stride_xr, y_ptr + rows * N
+        residual, h_out = x, y
+        if has_residual:
+            residual, h_out = residual_ptr + rows * stride_rr, h_ptr + rows * N
+
+        # --- 2. main loop
+        if whole:
+            inside = (rows < R) & (n < N)
+            h = _load_h(x, residual, n, inside, has_residual)  # [block_m, block_n]
+            squares = h * h
+        else:
+            squares = tl.zeros((block_m, block_n), tl.float32)
+            for n0 in tl.range(0, N, block_n):
+                inside = (rows < R) & (n0 + n < N)
+                h = _load_h(x, residual, n0 + n, inside, has_residual)
+                squares += h * h
+
+        # --- 3. epilogue
+        rstd = tl.rsqrt(tl.sum(squares, 1) / N + eps)  # [block_m]
+
+        # --- 4. store
+        tl.store(rstd_ptr + m, rstd, mask=m < R)
+        rstd = rstd[:, None]
+        if whole:
+            _store_y(y, h_out, n, inside, h, rstd, w, has_residual, cast_before_weight)
+        else:
+            # Backwards: the chunks read last are the ones still in the caches.
+            last = (N - 1) // block_n * block_n
+            for back in tl.range(0, N, block_n):
+                cols = last - back + n
+                inside = (rows < R) & (cols < N)
+                h = _load_h(x, residual, cols, inside, has_residual)
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + w_offset
+                _store_y(y, h_out, cols, inside, h, rstd, w, has_residual, cast_before_weight)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    h_ptr,  # [R, N]
+    w_ptr,  # [N]
+    rstd_ptr,  # [R]
+    dy_ptr,  # [R, N]
+    dh_ptr,  # [R, N] or None
+    dx_ptr,  # [R, N]
+    dw_ptr,  # [programs, N] float32: this program's row of partial sums
+    R, N, stride_hr, stride_dyr, stride_dhr, w_offset,
+    block_m: tl.constexpr, block_n: tl.constexpr, chunks: tl.constexpr, whole: tl.constexpr,
+    stages: tl.constexpr,
+):  # fmt: skip
+    n = tl.arange(0, block_n)[None, :]
+    if whole:
+        w = tl.load(w_ptr + n, mask=n < N, other=0.0).to(tl.float32) + w_offset
+    # This program stores dx and sums dw for these columns; their means still need the whole row.
+    first = tl.program_id(1) * chunks * block_n
+    dw = ()
+    for _ in tl.static_range(chunks):
+        dw = dw + (tl.zeros((block_m, block_n), tl.float32),)  # noqa: RUF005
+    num_m = tl.cdiv(R, block_m)
+    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages):
+        # --- 1. which tile
+        m = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
+        rows = m[:, None]
+        h_rows, dy_rows, dx_rows = (
+            h_ptr + rows * stride_hr,
+            dy_ptr + rows * stride_dyr,
+            dx_ptr + rows * N,
+        )
+        rstd = tl.load(rstd_ptr + m, mask=m < R, other=0.0)[:, None]
+
+        # --- 2. main loop
+        if whole:
+            inside = (rows < R) & (n < N)
+            xh = tl.load(h_rows + n, mask=inside, other=0.0).to(tl.float32) * rstd
+            dy = tl.load(dy_rows + n, mask=inside, other=0.0).to(tl.float32)
+            products = dy * w * xh
+        else:
+            products = tl.zeros((block_m, block_n), tl.float32)
+            for n0 in tl.range(0, N, block_n):
+                cols = n0 + n
+                inside = (rows < R) & (cols < N)
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + w_offset
+                xh = tl.load(h_rows + cols, mask=inside, other=0.0).to(tl.float32) * rstd
+                dy = tl.load(dy_rows + cols, mask=inside, other=0.0).to(tl.float32)
+                products += dy * w * xh
+        mean = tl.sum(products, 1)[:, None] / N
+
+        for back in tl.static_range(chunks):
+            # --- 3. epilogue
+            # Backwards: the chunks read last are the ones still in the caches.
+            ni: tl.constexpr = chunks - 1 - back
+            cols = first + ni * block_n + n
+            if not whole:
+                inside = (rows < R) & (cols < N)
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + w_offset
+                xh = tl.load(h_rows + cols, mask=inside, other=0.0).to(tl.float32) * rstd
+                dy = tl.load(dy_rows + cols, mask=inside, other=0.0).to(tl.float32)
+            dx = rstd * (dy * w - xh * mean)
+            if dh_ptr is not None:
+                dx += tl.load(dh_ptr + rows * stride_dhr + cols, mask=inside, other=0.0).to(
+                    tl.float32
+                )
+            dw = dw[:ni] + (dw[ni] + dy * xh,) + dw[ni + 1 :]  # noqa: RUF005
+
+            # --- 4. store
+            tl.store(dx_rows + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+    for ni in tl.static_range(chunks):
+        cols = first + ni * block_n + tl.arange(0, block_n)
+        tl.store(
+            dw_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dw[ni], 0), mask=cols < N
+        )
+
+
+@triton.jit
+def _rms_norm_dw_kernel(
+    partial_ptr,  # [P, N] float32
+    dw_ptr,  # [N] float32
+    P, N, block_p: tl.constexpr, block_n: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    # --- 2. main loop
+    acc = tl.zeros((block_p, block_n), tl.float32)
+    for p0 in tl.range(0, P, block_p):
+        p = p0 + tl.arange(0, block_p)[:, None]
+        acc += tl.load(partial_ptr + p.to(tl.int64) * N + n, mask=(p < P) & (n < N), other=0.0)
+    # --- 3. epilogue
+    dw = tl.sum(acc, 0)
+    # --- 4. store
+    tl.store(dw_ptr + n, dw, mask=n < N)
+
+
+def _fake_fwd(x, w, residual, eps, w_offset, cast_before_weight, config):
+    y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=torch.float32)
+    return [y, rstd] if residual is None else [y, rstd, x.new_empty(x.shape)]
+
+
+@_lib.opaque("rms_norm_fwd", _fake_fwd)
+def _forward(
+    x: Tensor,
+    w: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    w_offset: float,
+    cast_before_weight: bool,
+    config: list[int] | None,
+) -> list[Tensor]:
+    """[y, rstd], and h with a residual."""
+    R, N = x.shape
+    y, rstd = x.new_empty(R, N), x.new_empty(R, dtype=torch.float32)
+    h = None if residual is None else x.new_empty(R, N)
+    if 0 in (R, N):
+        rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
+    else:
+        x, w = _lib.rows_adjacent(x), _lib.rows_adjacent(w)
+        residual = None if residual is None else _lib.rows_adjacent(residual)
+        with _lib.on_device(x):
+            _lib.check_gpu()
+            tiles = Config(*config) if config else default_config(R, N, x.dtype, "fwd")
+            num_m = _lib.cdiv(R, tiles.block_m)
+            programs = min(num_m, tiles.programs * _lib.num_sms() or num_m)
+            _rms_norm_fwd_kernel[(programs,)](
+                x, w, residual, y, h, rstd, R, N,
+                x.stride(0), 0 if residual is None else residual.stride(0), eps, w_offset,
+                cast_before_weight, tiles.block_m, tiles.block_n, N <= tiles.block_n, tiles.stages,
+                num_warps=tiles.warps,
+            )  # fmt: skip
+    return [y, rstd] if h is None else [y, rstd, h]
+
+
+def _fake_bwd(h, w, rstd, dy, dh, w_offset, config):
+    return [h.new_empty(h.shape), h.new_empty(h.shape[1:], dtype=torch.float32)]
+
+
+@_lib.opaque("rms_norm_bwd", _fake_bwd)
+def _backward(
+    h: Tensor,
+    w: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    w_offset: float,
+    config: list[int] | None,
+) -> list[Tensor]:
+    """[dx, dw]."""
+    R, N = h.shape
+    dx, dw = h.new_empty(R, N), h.new_empty(N, dtype=torch.float32)
+    if 0 in (R, N):
+        return [dx, dw.zero_()]
+    h, w, rstd, dy = map(_lib.rows_adjacent, (h, w, rstd, dy))
+    dh = None if dh is None else _lib.rows_adjacent(dh)
+    with _lib.on_device(h):
+        _lib.check_gpu()
+        tiles = Config(*config) if config else default_config(R, N, h.dtype, "bwd")
+        programs = min(_lib.cdiv(R, tiles.block_m), max(1, tiles.programs) * _lib.num_sms())
+        chunks = min(CHUNKS, _lib.cdiv(N, tiles.block_n))
+        partial = h.new_empty(programs, N, dtype=torch.float32)
+        _rms_norm_bwd_kernel[(programs, _lib.cdiv(N, chunks * tiles.block_n))](
+            h, w, rstd, dy, dh, dx, partial, R, N,
+            h.stride(0), dy.stride(0), 0 if dh is None else dh.stride(0), w_offset,
+            tiles.block_m, tiles.block_n, chunks, N <= tiles.block_n, tiles.stages,
+            num_warps=tiles.warps,
+        )  # fmt: skip
+        # 32 columns are one 128-byte line of float32; 64 rows of them keep 4 warps busy.
+        _rms_norm_dw_kernel[(_lib.cdiv(N, 32),)](partial, dw, programs, N, 64, 32, num_warps=4)
+    return [dx, dw]
+
+
+def rms_norm_fwd(
+    x: Tensor,
+    w: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    w_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor | tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """rms_norm and what its backward needs. No gradient flows through this.
+
+    Returns (y, (h, w, rstd)), or ((y, h), (h, w, rstd)) with a residual; without one h is x itself.
+    rstd [R] is float32.
+    """
+    _lib.check_tensor("x", x, ("R", "N"), DTYPES)
+    _lib.check_tensor("w", w, (x.shape[1],), (x.dtype, torch.float32))
+    if residual is not None:
+        _lib.check_tensor("residual", residual, tuple(x.shape), (x.dtype,))
+    _lib.check_same_device(x=x, w=w, residual=residual)
+    _lib.check_static("eps", eps, (float, int))
+    _lib.check_static("w_offset", w_offset, (float, int))
+    _lib.check_static("cast_before_weight", cast_before_weight, (bool,))
+    _lib.check_config(config, Config)
+    y, rstd, *stored = _forward(
+        x, w, residual, float(eps), float(w_offset), cast_before_weight, _lib.fields(config)
+    )
+    if residual is None:
+        return y, (x, w, rstd)
+    (h,) = stored
+    return (y, h), (h, w, rstd)
+
+
+def rms_norm_bwd(
+    res: tuple[Tensor, Tensor, Tensor],
+    dy: Tensor,
+    dh: Tensor | None = None,
+    *,
+    w_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dx [R, N] in h's dtype, dw [N] float32); dx is also the gradient of residual.
+
+    res: (h, w, rstd) of rms_norm_fwd. dy, dh [R, N]: cotangents of y and h; dh None is zero.
+    cast_before_weight: the cast counts as the identity, so this changes nothing.
+    The same inputs give the same bits: dw is added in an order that only sizes and config decide.
+    """
+    h, w, rstd = res
+    _lib.check_tensor("h", h, ("R", "N"), DTYPES)
+    _lib.check_tensor("w", w, (h.shape[1],), (h.dtype, torch.float32))
+    _lib.check_tensor("rstd", rstd, (h.shape[0],), (torch.float32,))
+    _lib.check_tensor("dy", dy, tuple(h.shape), (h.dtype,))
+    if dh is not None:
+        _lib.check_tensor("dh", dh, tuple(h.shape), (h.dtype,))
+    _lib.check_same_device(h=h, w=w, rstd=rstd, dy=dy, dh=dh)
+    _lib.check_static("w_offset", w_offset, (float, int))
+    _lib.check_static("cast_before_weight", cast_before_weight, (bool,))
+    _lib.check_config(config, Config)
+    dx, dw = _backward(h, w, rstd, dy, dh, float(w_offset), _lib.fields(config))
+    return dx, dw
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, residual, eps, w_offset, cast_before_weight, config):
+        out, res = rms_norm_fwd(
+            x, w, residual,
+            eps=eps, w_offset=w_offset, cast_before_weight=cast_before_weight, config=config,
+        )  # fmt: skip
+        ctx.save_for_backward(*res)
+        ctx.set_materialize_grads(False)
+        ctx.w_offset = w_offset
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh=None):
+        h, w, rstd = ctx.saved_tensors
+        if dy is None:  # only h was used
+            dy = torch.zeros_like(h)
+        dx, dw = rms_norm_bwd((h, w, rstd), dy, dh, w_offset=ctx.w_offset)
+        need_x, need_w, need_residual, *_ = ctx.needs_input_grad
+        dx, dw = dx if need_x or need_residual else None, dw.to(w.dtype) if need_w else None
+        return dx if need_x else None, dw, dx if need_residual else None, None, None, None, None
+
+
+def rms_norm(
+    x: Tensor,
+    w: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    w_offset: float = 0.0,
+    cast_before_weight: bool = False,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y [R, N] = h / rms(h) * (w + w_offset), h = x (+ residual). Differentiable once.
+
+    x [R, N], residual [R, N]: bfloat16, float16 or float32, the same. w [N]: that or float32.
+    With a residual returns (y, h), h = x + residual rounded to x's dtype before the statistics.
+    eps: added to the mean square. w_offset: 1.0 for Gemma's weights.
+    cast_before_weight: rounds h * rstd to x's dtype before the weight, as Llama's reference does.
+    config: tiles of this call; gradients take their own default. w's gradient has w's dtype.
+
+    Raises TypeError for dtypes and ValueError for shapes and devices that do not fit, naming the
+    argument; NotImplementedError on a GPU older than Ampere.
+    """
+    return _RmsNorm.apply(x, w, residual, eps, w_offset, cast_before_weight, config)
