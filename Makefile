@@ -1,0 +1,84 @@
+# make parity | test | lint | docs | lab | sass | test-newest | clean
+#
+# Each builds the environment it needs by itself, once (constraints/venv.sh). Everything stays inside
+# the checkout. Paths are relative, so that a space in the checkout's own path does no harm.
+# PYTHON=/path/to/python chooses the interpreter, ARGS="..." goes to the command that a target runs.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help parity test lint docs lab sass test-newest clean venv tmp
+
+ARGS ?=
+# jax finds a GPU through a plugin of its own; torch brings its CUDA along.
+CUDA = $(shell nvidia-smi -L >/dev/null 2>&1 && echo ,cuda)
+
+# What would otherwise land in the home directory or in /tmp.
+CACHE := $(CURDIR)/.cache
+export XDG_CACHE_HOME := $(CACHE)
+export TRITON_HOME := $(CACHE)
+export TRITON_CACHE_DIR := $(CACHE)/triton
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
+export CUDA_CACHE_PATH := $(CACHE)/cuda
+export MPLCONFIGDIR := $(CACHE)/matplotlib
+export IPYTHONDIR := $(CACHE)/ipython
+export JUPYTER_CONFIG_DIR := $(CACHE)/jupyter/config
+export JUPYTER_DATA_DIR := $(CACHE)/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CACHE)/jupyter/runtime
+export JUPYTERLAB_SETTINGS_DIR := $(CACHE)/jupyter/settings
+export JUPYTERLAB_WORKSPACES_DIR := $(CACHE)/jupyter/workspaces
+export PYRIGHT_PYTHON_CACHE_DIR := $(CACHE)/pyright
+export PYTEST_DEBUG_TEMPROOT := $(CACHE)/pytest
+export TMPDIR := $(CACHE)/tmp
+# Wheels are kept once, installed; a cache that the user has chosen is used.
+ifndef PIP_CACHE_DIR
+export PIP_NO_CACHE_DIR := 1
+endif
+
+help:
+	@echo 'make parity        check every kernel against the oracle, compile it for sm_90a, measure it on a Hopper GPU'
+	@echo 'make test          the test suite'
+	@echo 'make lint          format, lint and types'
+	@echo 'make docs          render the picture and the tables of README.md'
+	@echo 'make lab           JupyterLab on the notebooks'
+	@echo 'make sass          the compile gate down to machine code for both languages'
+	@echo 'make test-newest   the test suite on the newest frameworks'
+	@echo 'make clean         remove environments, caches and reports'
+
+parity: venv
+	@.venv/bin/parity all $(ARGS)
+
+test: venv
+	@.venv/bin/python -m pytest -n auto $(ARGS)
+
+lint: venv
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/pyright --pythonpath .venv/bin/python $(ARGS)
+
+docs: venv
+	@.venv/bin/python docs/picture.py
+	@.venv/bin/parity report --readme $(ARGS)
+
+lab: tmp
+	@sh constraints/venv.sh checkout .venv verified.txt dev,notebooks$(CUDA)
+	@.venv/bin/jupyter lab --notebook-dir=notebooks $(ARGS)
+
+# Pallas' machine code needs jax's CUDA compiler, but neither a GPU nor the rest of CUDA.
+sass: venv
+	@sh constraints/venv.sh packages .venv-sass verified.txt \
+		jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
+	@.venv/bin/parity compile --sass $(ARGS)
+
+test-newest: tmp
+	@sh constraints/venv.sh checkout .venv-newest newest.txt dev$(CUDA)
+	@.venv-newest/bin/python -m pytest -n auto $(ARGS)
+
+venv: tmp
+	@sh constraints/venv.sh checkout .venv verified.txt dev$(CUDA)
+
+tmp:
+	@mkdir -p .cache/tmp .cache/pytest
+
+clean:
+	rm -rf .venv .venv-newest .venv-sass .cache .hypothesis .pytest_cache .ruff_cache report *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

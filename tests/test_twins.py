@@ -1,0 +1,125 @@
+"""Twins can be read side by side: same names, same parameters, same stages, in the same order."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from parity.problems import PROBLEMS
+
+ROOT = Path(__file__).parent.parent
+STEMS = [p.stem for p in PROBLEMS]
+TWINS = ("triton_kernels", "pallas_kernels")
+STAGES = ["1. which tile", "2. main loop", "3. epilogue", "4. store"]
+# What exists in one language only: how many warps or warpgroups share a tile, and clusters.
+OWN_CONFIG_FIELDS = {"triton_kernels": {"warps"}, "pallas_kernels": {"warpgroups", "cluster"}}
+
+
+def tree(package: str, stem: str) -> ast.Module:
+    return ast.parse((ROOT / package / f"{stem}.py").read_text())
+
+
+def functions(module: ast.Module) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+
+
+def signature(f: ast.FunctionDef) -> list[tuple[str, str, str | None]]:
+    """(kind, name, default) of every parameter, in order; annotations belong to each framework."""
+    a = f.args
+    plain = [*a.posonlyargs, *a.args]
+    defaults = [None] * (len(plain) - len(a.defaults)) + [ast.unparse(d) for d in a.defaults]
+    only = [None if d is None else ast.unparse(d) for d in a.kw_defaults]
+    return [("plain", p.arg, d) for p, d in zip(plain, defaults, strict=True)] + [
+        ("keyword", p.arg, d) for p, d in zip(a.kwonlyargs, only, strict=True)
+    ]
+
+
+def public(module: ast.Module) -> dict[str, ast.FunctionDef]:
+    return {name: f for name, f in functions(module).items() if not name.startswith("_")}
+
+
+def config_fields(module: ast.Module) -> list[str]:
+    (config,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    return [n.target.id for n in config.body if isinstance(n, ast.AnnAssign)]  # pyright: ignore
+
+
+def kernels(package: str, stem: str) -> dict[str, str]:
+    """Source of every kernel of the file, without the leading underscore."""
+    text = (ROOT / package / f"{stem}.py").read_text()
+    return {
+        name.strip("_"): ast.get_source_segment(text, f) or ""
+        for name, f in functions(ast.parse(text)).items()
+        if name.startswith("_") and name.endswith("_kernel")
+    }
+
+
+def stages(source: str) -> list[str]:
+    """The stage markers of a kernel, each once, in the order in which they first appear."""
+    return list(dict.fromkeys(re.findall(r"# --- (.+)$", source, re.MULTILINE)))
+
+
+def test_every_problem_has_its_twins_and_every_twin_its_problem():
+    for package in TWINS:
+        assert {f.stem for f in (ROOT / package).glob("[!_]*.py")} == set(STEMS)
+
+
+def test_the_packages_export_the_same_names():
+    exported = [
+        ast.literal_eval(node.value)
+        for package in TWINS
+        for node in ast.parse((ROOT / package / "__init__.py").read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    assert len(exported) == 2 and exported[0] == exported[1]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_twins_have_the_same_signatures(stem: str):
+    ours, theirs = (public(tree(package, stem)) for package in TWINS)
+    assert list(ours) == list(theirs)  # the same names in the same order
+    for name in ours:
+        assert signature(ours[name]) == signature(theirs[name]), name
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_twins_share_their_config_fields(stem: str):
+    shared = [
+        [f for f in config_fields(tree(package, stem)) if f not in OWN_CONFIG_FIELDS[package]]
+        for package in TWINS
+    ]
+    assert shared[0] == shared[1]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_twins_have_the_same_kernels_in_the_same_stages(stem: str):
+    ours, theirs = (kernels(package, stem) for package in TWINS)
+    assert list(ours) == list(theirs)
+    for name in ours:
+        assert stages(ours[name]) == stages(theirs[name]) == STAGES, name
+
+
+@pytest.mark.parametrize("package", TWINS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_kernel_file_holds_the_seven_parts_and_nothing_else(package: str, stem: str):
+    module = tree(package, stem)
+    text = (ROOT / package / f"{stem}.py").read_text()
+    doc = ast.get_docstring(module) or ""
+    other = next(p for p in TWINS if p != package)
+    assert f"Twin: {other}/{stem}.py" in doc and "Sources:" in doc
+    named = public(module)
+    assert {"default_config", stem, f"{stem}_fwd", f"{stem}_bwd"} <= set(named)
+    assert all(ast.get_docstring(f) for f in named.values()), "a public function says what it does"
+    called = {ast.unparse(n.func) for n in ast.walk(module) if isinstance(n, ast.Call)}
+    assert not called & {"print", "os.getenv", "os.environ.get", "input", "open"}
+    assert "__main__" not in text and "os.environ" not in text
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    assert len(text.splitlines()) <= 420, "a kernel file this long wants to be two stems"
+
+
+@pytest.mark.parametrize("package", TWINS)
+def test_public_functions_have_no_backdoor(package: str):
+    for stem in STEMS:
+        for name, f in public(tree(package, stem)).items():
+            parameters = {parameter for _, parameter, _ in signature(f)}
+            assert not parameters & {"interpret", "device", "debug"}, name
