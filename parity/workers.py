@@ -1,0 +1,294 @@
+"""Checks in child processes: whatever a kernel does to its process, the harness gets a verdict.
+
+The parent imports no framework. A worker is put into CPU or GPU mode once, reads one JSON job a line
+on standard input and answers in JSON lines, so that a hang, a crash of the interpreter, a dead CUDA
+context or a kernel that prints costs one workload and never the run. Two workers keep two cores busy.
+"""
+
+import contextlib
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One workload of one problem, and who is to be checked on it ({"triton"|"pallas": target})."""
+
+    problem: str
+    workload: str
+    passes: tuple[str, ...]
+    dtype: str
+    impls: Mapping[str, str]
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.problem} {self.workload}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step begins (`phrase`), or a job is over (`rows`, as Check.to_json() has them)."""
+
+    job: Job
+    phrase: str = ""
+    rows: tuple[dict, ...] | None = None
+
+
+def run(
+    jobs: Iterable[Job],
+    *,
+    mode: str,
+    workers: int = 1,
+    timeout: float | None = None,
+    give_up: bool = False,
+    log: Path | None = None,
+) -> Iterator[Event]:
+    """Checks the jobs in child processes and yields events as they come.
+
+    Args:
+        mode: "cpu" for the interpreters, "gpu" for compiled kernels. workers: processes at a time.
+        timeout: seconds for one job, starting the process included. give_up: after a job that ran
+        out of time, answer the rest without running them. log: where what the workers and their
+        kernels print goes.
+    """
+    todo: queue.Queue[Job] = queue.Queue()
+    for job in jobs:
+        todo.put(job)
+    events: queue.Queue[Event | BaseException | None] = queue.Queue()
+    sink = open(log, "ab") if log else None
+    crew = [_Worker(mode, timeout, sink) for _ in range(max(1, min(workers, todo.qsize())))]
+    hung = threading.Event()
+
+    def work(worker: _Worker) -> None:
+        try:
+            while True:
+                try:
+                    job = todo.get_nowait()
+                except queue.Empty:
+                    return
+                if hung.is_set():
+                    detail = "not run: an earlier workload ran out of time"
+                    events.put(
+                        Event(job, rows=tuple(_verdicts(job, job.passes, "timeout", detail)))
+                    )
+                    continue
+                rows = worker.check(job, lambda phrase, job=job: events.put(Event(job, phrase)))
+                if give_up and any(row["reason"] == "timeout" for row in rows):
+                    hung.set()
+                events.put(Event(job, rows=tuple(rows)))
+        except BaseException as e:
+            events.put(e)
+        finally:
+            worker.stop()
+            events.put(None)
+
+    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in crew]
+    for thread in threads:
+        thread.start()
+    try:
+        running = len(threads)
+        while running:
+            event = events.get()
+            if event is None:
+                running -= 1
+            elif isinstance(event, BaseException):
+                raise event
+            else:
+                yield event
+    finally:
+        for worker in crew:
+            worker.stop()
+        if sink:
+            sink.close()
+
+
+class Broken(RuntimeError):
+    """A worker cannot even start: the machine is at fault and no kernel."""
+
+
+class _Worker:
+    """One child process, started when it is first needed and again after it died."""
+
+    def __init__(self, mode: str, timeout: float | None, sink: IO[bytes] | None) -> None:
+        self.mode, self.timeout, self.sink = mode, timeout, sink
+        self.process: subprocess.Popen | None = None
+        self.stopped = False
+
+    def check(self, job: Job, tell: Callable[[str], None]) -> list[dict]:
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        left, rows, began = list(job.passes), [], time.perf_counter()
+        out_of_time = threading.Event()
+
+        def expire() -> None:
+            out_of_time.set()
+            _kill(process)
+
+        timer = threading.Timer(self.timeout, expire) if self.timeout else None
+        if timer:
+            timer.daemon = True
+            timer.start()
+        try:
+            tell(f"{job.name}: starting")
+            _say(process.stdin, asdict(job))
+            while left:
+                line = process.stdout.readline()
+                if not line:
+                    break
+                message = json.loads(line)
+                if "broken" in message:
+                    raise Broken(message["broken"])
+                if "step" in message:
+                    tell(message["step"])
+                else:
+                    rows += message["rows"]
+                    left.remove(message["pass"])
+        except (BrokenPipeError, json.JSONDecodeError):
+            pass  # it died, or was killed in the middle of a line: the passes left say so below
+        finally:
+            if timer:
+                timer.cancel()
+        if left:
+            seconds = time.perf_counter() - began
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)  # its own exit status, if it is on its way out
+            self.stop(for_good=False)
+            reason, detail = "crash", f"the process died: {_death(process.returncode)}"
+            if out_of_time.is_set():
+                reason, detail = "timeout", f"no answer after {self.timeout:g} s"
+            rows += _verdicts(job, left, reason, detail, seconds)
+        elif self.mode == "gpu" and any(row["reason"] == "crash" for row in rows):
+            self.stop(for_good=False)  # a CUDA error stays with its process
+        return rows
+
+    def stop(self, *, for_good: bool = True) -> None:
+        self.stopped |= for_good
+        if self.process is not None:
+            _kill(self.process)
+            self.process.wait()
+            self.process = None
+
+    def _started(self) -> subprocess.Popen:
+        if self.process is None:
+            if self.stopped:
+                raise RuntimeError("the run was stopped")
+            code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+            code += f"from parity.workers import serve; serve({self.mode!r})"
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.sink or subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C is the parent's, which then ends the whole group
+            )
+        return self.process
+
+
+def _kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+
+
+def _death(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"it ended with exit code {code} before it answered"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _verdicts(
+    job: Job, passes: Iterable[str], reason: str, detail: str, seconds: float = 0.0
+) -> list[dict]:
+    """Rows like Check.to_json() for passes that never came to a verdict of their own."""
+    return [
+        {
+            "problem": job.problem,
+            "workload": job.workload,
+            "which": which,
+            "impl": impl,
+            "dtype": job.dtype,
+            "ok": False,
+            "reason": reason,
+            "detail": detail,
+            "error": None,
+            "yardstick": None,
+            "verdicts": [],
+            "seconds": seconds,
+            "ulp": None,
+        }
+        for which in passes
+        for impl in job.impls
+    ]
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with NaN and infinities as null: not every reader takes Python's."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+def _say(stream: IO[str], message: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(finite(message)) + "\n")
+    stream.flush()
+
+
+def serve(mode: str) -> None:
+    """The child: answers {"step": phrase} and, for each pass, {"pass": name, "rows": [...]}."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what kernels and compilers print must not mix with the answers
+    try:
+        from parity import frameworks
+        from parity.check import check
+        from parity.problems import problem
+
+        frameworks.interpreters() if mode == "cpu" else frameworks.gpu()
+    except Exception as e:
+        _say(answers, {"broken": _sentence(e)})
+        raise
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        for which in job.passes:
+            began = time.perf_counter()
+            try:
+                stem = problem(job.problem)
+                checks = check(
+                    stem,
+                    stem.workload(job.workload),
+                    impls=job.impls,
+                    passes=(which,),
+                    seed=job.seed,
+                    progress=lambda phrase: _say(answers, {"step": phrase}),
+                )
+                rows = [row.to_json() for row in checks]
+            except (Exception, SystemExit) as e:  # a kernel file may call sys.exit
+                rows = _verdicts(job, (which,), "crash", _sentence(e), time.perf_counter() - began)
+            _say(answers, {"pass": which, "rows": rows})
+
+
+def _sentence(e: BaseException) -> str:
+    words = str(e).strip().splitlines() or ["(no message)"]
+    return f"{type(e).__name__}: {words[0][:300]}"
