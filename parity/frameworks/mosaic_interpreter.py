@@ -1,0 +1,619 @@
+"""JAX's Mosaic GPU interpreter, made to run our kernels unmodified on a CPU.
+
+The only file that touches private names of that interpreter. What the stock one (jax 0.11.2) lacks
+and `install` adds:
+
+    run_state           pl.run_state, and with it plgpu.ACC.init
+    register_operand    wgmma with its first operand in registers
+    accumulator_store   acc[...] = value
+    predicated_store    copy_smem_to_gmem(predicate=...), which emit_pipeline's out_specs use
+    atomics             plgpu.atomic_*: a read and a write, not one step
+    dependent_launch    griddepcontrol: nothing to wait for
+    wgmma_races         the race detector sees what wgmma reads, and that it reads until wgmma_wait
+
+The last one matters most: wgmma runs on after the instruction is issued, so a slot of shared memory
+that is released before wgmma_wait is refilled under the tensor core's eyes. Each wgmma gets its own
+entry in a vector clock, which its warpgroup learns by waiting.
+
+`probes` says which of these gaps the stock interpreter of the installed JAX still has.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_ROOT = "jax._src.pallas.mosaic_gpu"
+_PRIVATE = {
+    "callback": ("jax._src.callback", ("io_callback",)),
+    "core": ("jax._src.core", ("DropVar", "Jaxpr", "Literal", "no_effects")),
+    "state": ("jax._src.state.types", ("AbstractRef", "TransformedRef")),
+    "discharge": ("jax._src.state.discharge", ("run_state_p",)),
+    "spaces": (f"{_ROOT}.core", ("MemorySpace",)),
+    "primitives": (
+        f"{_ROOT}.primitives",
+        (
+            "atomic_store_p",
+            "griddepcontrol_launch_dependents_p",
+            "griddepcontrol_wait_p",
+            "wgmma_accumulator_store_p",
+            "wgmma_ref_p",
+            "wgmma_wait_p",
+        ),
+    ),
+    "calls": (
+        f"{_ROOT}.interpret.gpu_callbacks",
+        (
+            "HostAllocationKey",
+            "TOKEN_SHAPE_DTYPE",
+            "_get_shared_memory",
+            "_remove_noop_transforms",
+            "call_allocate_buffer",
+            "call_deallocate_buffer",
+            "call_get",
+            "call_make_allocation_request_array",
+            "call_swap",
+            "fail_on_exception",
+            "get_races",
+            "reset_gpu_interpret_mode_state",
+            "wgmma",
+            "wgmma_accumulator_deref",
+        ),
+    ),
+    "interpret": (f"{_ROOT}.interpret.jaxpr_interpret", ("JaxprInterpreter", "resolve_ref")),
+    "memory": (f"{_ROOT}.interpret.shared_memory", ("get_memory_space_idx",)),
+    "gpu_races": (f"{_ROOT}.interpret.race_detection_state", ("GPURaceDetectionState",)),
+    "races": (
+        "jax._src.pallas.mosaic.interpret.race_detection_state",
+        ("RaceDetectionState",),
+    ),
+}
+
+_messages: list[str] = []  # what the race detector has said
+
+
+@functools.cache
+def _jax() -> SimpleNamespace:
+    """The private modules, by the names above.
+
+    Raises RuntimeError that names what this JAX no longer has.
+    """
+    modules = {}
+    for short, (path, names) in _PRIVATE.items():
+        try:
+            modules[short] = importlib.import_module(path)
+        except ImportError as error:
+            raise RuntimeError(_gone(path)) from error
+        for name in names:
+            if not hasattr(modules[short], name):
+                raise RuntimeError(_gone(f"{path}.{name}"))
+    interpreter = modules["interpret"].JaxprInterpreter
+    for name in ("interpret", "_interpret_copy_smem_to_gmem_p"):
+        if not hasattr(interpreter, name):
+            raise RuntimeError(_gone(f"JaxprInterpreter.{name}"))
+    return SimpleNamespace(**modules)
+
+
+def _gone(name: str) -> str:
+    return (
+        f"jax {jax.__version__} has no {name}: parity.frameworks.mosaic_interpreter was written "
+        "for jax 0.11.2 and must be adapted to this version"
+    )
+
+
+@functools.cache
+def _stock() -> dict[tuple[Any, str], Any]:
+    """The interpreter's own functions that `install` replaces, by owner and name."""
+    J = _jax()
+    interpreter = J.interpret.JaxprInterpreter
+    return {
+        (interpreter, "interpret"): interpreter.interpret,
+        (interpreter, "_interpret_copy_smem_to_gmem_p"): interpreter._interpret_copy_smem_to_gmem_p,
+        (J.calls, "wgmma"): J.calls.wgmma,
+        (J.calls, "wgmma_accumulator_deref"): J.calls.wgmma_accumulator_deref,
+    }
+
+
+@functools.cache
+def _replacements() -> dict[tuple[Any, str], Any]:
+    J = _jax()
+    interpreter = J.interpret.JaxprInterpreter
+    guard = J.calls.fail_on_exception
+    return {
+        (interpreter, "interpret"): _interpret,
+        (interpreter, "_interpret_copy_smem_to_gmem_p"): _copy_smem_to_gmem,
+        (J.calls, "wgmma"): guard(_wgmma),
+        (J.calls, "wgmma_accumulator_deref"): guard(_wgmma_accumulator_deref),
+    }
+
+
+def install() -> None:
+    """Fills the gaps, for the whole process. Calling it again changes nothing.
+
+    Raises RuntimeError on a JAX whose interpreter has changed under the private names used here.
+    """
+    _stock()  # before anything is replaced
+    for (owner, name), function in _replacements().items():
+        setattr(owner, name, function)
+    # The detector prints what it finds: a print of their own makes these modules tell us instead.
+    for module in (_jax().races, _jax().gpu_races):
+        vars(module)["print"] = _messages.append
+
+
+class RaceError(RuntimeError):
+    """A kernel's threads touch the same memory in no defined order; the message says where."""
+
+
+def _params(detect_races: bool) -> Any:
+    return plgpu.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")
+
+
+def enter(detect_races: bool = False) -> None:
+    """Every kernel traced from now on in this process runs in the interpreter.
+
+    detect_races: also look for unordered accesses; see `watched`.
+    """
+    install()
+    plgpu.set_gpu_interpret_mode(_params(detect_races))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Raises RaceError at its end when kernels that ran inside raced (and races are looked for).
+
+    When an exception passes, the interpreter's state is reset, so that the next kernel can run.
+    """
+    _messages.clear()
+    try:
+        yield
+        if found := races():
+            raise RaceError("\n".join(found))
+    except BaseException:
+        _jax().calls.reset_gpu_interpret_mode_state()
+        raise
+
+
+@contextlib.contextmanager
+def interpreting(detect_races: bool = False) -> Iterator[None]:
+    """Kernels traced inside run in the interpreter; memory nobody has written reads as NaN.
+
+    detect_races: also look for unordered accesses; `races` says what was found. Trace (and jit)
+        inside: a compiled function keeps the mode it was traced in.
+
+    When an exception passes, the interpreter's state is reset, so that the next kernel can run.
+    """
+    install()
+    _messages.clear()
+    with plgpu.force_gpu_interpret_mode(_params(detect_races)):
+        try:
+            yield
+            jax.effects_barrier()
+        except BaseException:
+            _jax().calls.reset_gpu_interpret_mode_state()
+            raise
+
+
+def races() -> list[str]:
+    """The races shown since `interpreting` or `watched` was entered, in words."""
+    jax.effects_barrier()
+    return list(_messages)
+
+
+# Equations the stock interpreter does not know. Each takes (interpreter, equation, token, values)
+# and returns (token, outputs); the token orders the callbacks of one thread.
+
+
+def _shape(aval: Any) -> jax.ShapeDtypeStruct:
+    aval = aval.inner_aval if isinstance(aval, _jax().state.AbstractRef) else aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _read(self: Any, eqn: Any, token: Any, key: Any, aval: Any, transforms: tuple = ()) -> Any:
+    if transforms:
+        aval = _jax().state.TransformedRef(aval, tuple(transforms)).type
+    return _jax().calls.call_get(
+        token=token,
+        result_shape_and_dtype=_shape(aval),
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        allocation_key_as_array=key,
+        transforms=tuple(transforms),
+        source_info=eqn.source_info,
+    )
+
+
+def _write(self: Any, eqn: Any, token: Any, key: Any, value: Any, transforms: tuple = ()) -> Any:
+    token, _ = _jax().calls.call_swap(
+        token=token,
+        result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        allocation_key_as_array=key,
+        transforms=tuple(transforms),
+        val=value,
+        mask=None,
+        source_info=eqn.source_info,
+    )
+    return token
+
+
+def _run_state(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    """A state that is a reference outside already is passed on; any other lives in registers."""
+    J = _jax()
+    refs = eqn.params["jaxpr"].invars
+    given = iter(zip(values, [v.aval for v in eqn.invars], strict=True))
+    keys, owned = [], []
+    for ref, initialized in zip(refs, eqn.params["is_initialized"], strict=True):
+        value, outer = next(given) if initialized else (None, None)
+        if isinstance(outer, J.state.AbstractRef):
+            keys.append(value)
+            owned.append(False)
+            continue
+        if value is None:
+            value = jnp.zeros(ref.aval.shape, ref.aval.dtype)
+        token, request = J.calls.call_make_allocation_request_array(
+            token=token,
+            compute_unit=self.thread,
+            memory_space_id=J.memory.get_memory_space_idx(J.spaces.MemorySpace.REGS),
+        )
+        token, key = J.calls.call_allocate_buffer(
+            token=token,
+            mesh_location=self.mesh_location,
+            thread=self.thread,
+            allocation_request_as_array=request,
+            value=value,
+            source_info=eqn.source_info,
+        )
+        keys.append(key)
+        owned.append(True)
+    token, _ = self.interpret(eqn.params["jaxpr"], token, *keys)
+    token, _ = _wait(self, eqn, token, [], n=0)
+    outputs = []
+    for ref, key, own in zip(refs, keys, owned, strict=True):
+        if not own:
+            outputs.append(key)
+            continue
+        token, value = _read(self, eqn, token, key, ref.aval)
+        token = J.calls.call_deallocate_buffer(
+            token=token,
+            mesh_location=self.mesh_location,
+            thread=self.thread,
+            allocation_key_as_array=key,
+            source_info=eqn.source_info,
+        )
+        outputs.append(value)
+    return token, outputs
+
+
+def _accumulator_store(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    key, value = values
+    # The output is for a later stage of lowering; nobody reads it here.
+    return _write(self, eqn, token, key, value), [value]
+
+
+def _atomic(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    operations = {
+        "add": jnp.add,
+        "max": jnp.maximum,
+        "min": jnp.minimum,
+        "xor": jnp.bitwise_xor,
+        "and": jnp.bitwise_and,
+        "or": jnp.bitwise_or,
+    }
+    key, transforms, value = jax.tree.unflatten(eqn.params["args_tree"], values)
+    kind = eqn.params["atomic_type"]
+    kind = str(getattr(kind, "name", kind)).lower()
+    operation = next(function for name, function in operations.items() if name in kind)
+    token, old = _read(self, eqn, token, key, eqn.invars[0].aval, transforms or ())
+    new = operation(old, jnp.broadcast_to(value, old.shape)).astype(old.dtype)
+    return _write(self, eqn, token, key, new, transforms or ()), []
+
+
+def _nothing(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    return token, []
+
+
+def _wait(self: Any, eqn: Any, token: Any, values: list, n: int | None = None) -> tuple[Any, list]:
+    if not self.interpret_params.detect_races:
+        return token, []
+    n = eqn.params["n"] if n is None else n
+    token = _jax().callback.io_callback(
+        functools.partial(_jax().calls.fail_on_exception(_wgmma_wait), n=n),
+        _jax().calls.TOKEN_SHAPE_DTYPE,
+        token=token,
+        thread=self.thread,
+    )
+    return token, []
+
+
+def _register_operand(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    J = _jax()
+    acc, a, b, *leaves = values
+    trees = [
+        eqn.params[f"{operand}_transforms_tree"] or jax.tree.structure([])
+        for operand in ("acc", "a", "b")
+    ]
+    _, _, transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    b, transforms = J.interpret.resolve_ref(eqn.invars[2].aval, b, transforms)
+    token = J.callback.io_callback(
+        functools.partial(
+            J.calls.fail_on_exception(_wgmma_register_operand), source_info=eqn.source_info
+        ),
+        J.calls.TOKEN_SHAPE_DTYPE,
+        token=token,
+        thread=self.thread,
+        acc=acc,
+        a=a,
+        b=b,
+        b_transforms=transforms,
+    )
+    return token, []
+
+
+def _rule(eqn: Any) -> Callable[..., tuple[Any, list]] | None:
+    """What interprets this equation; None leaves it to the stock interpreter."""
+    J = _jax()
+    P = J.primitives
+    if eqn.primitive is P.wgmma_ref_p:
+        in_registers = not isinstance(eqn.invars[1].aval, J.state.AbstractRef)
+        return _register_operand if in_registers else None
+    return {
+        J.discharge.run_state_p: _run_state,
+        P.wgmma_accumulator_store_p: _accumulator_store,
+        P.wgmma_wait_p: _wait,
+        P.atomic_store_p: _atomic,
+        P.griddepcontrol_wait_p: _nothing,
+        P.griddepcontrol_launch_dependents_p: _nothing,
+    }.get(eqn.primitive)
+
+
+def _interpret(self: Any, jaxpr: Any, token: Any, *args: Any) -> tuple[Any, list]:
+    """As the stock `interpret`, which still does every equation that has no rule here."""
+    core = _jax().core
+    stock = _stock()[type(self), "interpret"]
+    if not any(_rule(eqn) for eqn in jaxpr.eqns):
+        return stock(self, jaxpr, token, *args)
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], args, strict=True))
+
+    def value(var: Any) -> Any:
+        return var.val if isinstance(var, core.Literal) else values[var]
+
+    for eqn in jaxpr.eqns:
+        targets = [var for var in eqn.outvars if not isinstance(var, core.DropVar)]
+        if rule := _rule(eqn):
+            token, outputs = rule(self, eqn, token, [value(var) for var in eqn.invars])
+            values.update(
+                (var, out)
+                for var, out in zip(eqn.outvars, outputs, strict=True)
+                if not isinstance(var, core.DropVar)
+            )
+        else:
+            sources = [var for var in eqn.invars if not isinstance(var, core.Literal)]
+            sources = list(dict.fromkeys(sources))
+            one = core.Jaxpr([], sources, targets, [eqn], core.no_effects)
+            token, outputs = stock(self, one, token, *map(value, sources))
+            values.update(zip(targets, outputs, strict=True))
+    return token, [value(var) for var in jaxpr.outvars]
+
+
+def _copy_smem_to_gmem(
+    self: Any, eqn: Any, token: Any, *values: Any, has_user_predicate: bool, **params: Any
+) -> tuple[Any, list]:
+    stock = _stock()[type(self), "_interpret_copy_smem_to_gmem_p"]
+    copy = functools.partial(stock, self, eqn, has_user_predicate=False, **params)
+    if not has_user_predicate:
+        return copy(token, *values)
+    *values, predicate = values
+    return lax.cond(predicate, lambda t: copy(t, *values)[0], lambda t: t, token), []
+
+
+# Callbacks: they run in the host process, on the interpreter's model of memory.
+
+
+def _in_flight(shared: Any, thread: Any) -> list:
+    """Clocks of the wgmmas that this warpgroup has issued and not waited for, oldest first."""
+    table = vars(shared).setdefault("wgmma_in_flight", {})
+    return table.setdefault(thread, [])
+
+
+def _reads(shared: Any, thread: Any, operands: list, source_info: Any) -> None:
+    """Tells the race detector that a wgmma of this warpgroup reads these operands from now on."""
+    if not shared.detect_races:
+        return
+    shared.incr_clock(thread)
+    clock = shared.get_clock(thread)
+    pending = _in_flight(shared, thread)
+    # The tensor core counts in the clock entry of the warpgroup's first warp, which stands still
+    # in a warpgroup that computes as a whole.
+    for _ in range(len(pending) + 1):
+        clock.inc(shared.thread_to_vc_position(thread.warp(0)))
+    pending.append(clock)
+    for key, access in operands:
+        _jax().calls.get_races().check_read(
+            thread, clock.async_smem_clock.copy(), key, access, source_info=source_info
+        )
+
+
+def _wgmma_wait(*, token: Any, thread: Any, n: int) -> Any:
+    shared = _jax().calls._get_shared_memory()
+    if shared.detect_races:
+        pending = _in_flight(shared, thread)
+        done = max(0, len(pending) - n)
+        with shared.lock:
+            for clock in pending[:done]:
+                shared.clocks[thread].update(clock)
+        del pending[:done]
+    return token
+
+
+def _operand(shared: Any, key: Any, transforms: Any) -> tuple[Any, Any]:
+    calls = _jax().calls
+    key = calls.HostAllocationKey.from_array(key)
+    transforms = jax.tree.map(int, calls._remove_noop_transforms(transforms))
+    return key, shared.access(key, transforms)
+
+
+def _wgmma(*, token: Any, thread: Any, source_info: Any = None, **rest: Any) -> Any:
+    stock = _stock()[_jax().calls, "wgmma"]
+    token = stock(token=token, thread=thread, source_info=source_info, **rest)
+    shared = _jax().calls._get_shared_memory()
+    operands = [
+        _operand(shared, rest[f"{x}_allocation_key_as_array"], rest[f"{x}_transforms"])
+        for x in ("a", "b")
+    ]
+    _reads(shared, thread, operands, source_info)
+    return token
+
+
+def _wgmma_accumulator_deref(*, token: Any, thread: Any, wait_n: int | None, **rest: Any) -> Any:
+    if wait_n is not None:
+        token = _wgmma_wait(token=token, thread=thread, n=wait_n)
+    stock = _stock()[_jax().calls, "wgmma_accumulator_deref"]
+    return stock(token=token, thread=thread, wait_n=wait_n, **rest)
+
+
+def _wgmma_register_operand(
+    *, token: Any, thread: Any, acc: Any, a: Any, b: Any, b_transforms: Any, source_info: Any
+) -> Any:
+    shared = _jax().calls._get_shared_memory()
+    acc_key, acc_access = _operand(shared, acc, ())
+    b_key, b_access = _operand(shared, b, b_transforms)
+    value, _, _ = shared.get_buffer_content(b_key, b_access, thread)
+    old, _, _ = shared.get_buffer_content(acc_key, acc_access, thread)
+    new = old + np.matmul(np.asarray(a), value, dtype=old.dtype)
+    shared.store_buffer_content(acc_key, acc_access, new, thread)
+    _reads(shared, thread, [(b_key, b_access)], source_info)
+    return token
+
+
+# Probes: one small kernel for each gap, run by the stock interpreter.
+
+
+class Probe(NamedTuple):
+    """name: the gap, as the module's docstring has it. ok: the stock interpreter can do it.
+    detail: what it said instead."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def _kernel(body: Callable[..., None], *scratch: Any) -> Callable[..., jax.Array]:
+    """body(x[64, 64] bfloat16, y[64, 64] float32, *scratch), both in global memory."""
+    out = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    return plgpu.kernel(body, out_type=out, scratch_types=scratch)
+
+
+def _run_state_body(x: Any, y: Any, x_smem: Any, barrier: Any) -> None:
+    plgpu.copy_gmem_to_smem(x, x_smem, barrier)
+    plgpu.barrier_wait(barrier)
+    start = plgpu.ACC.init(jnp.zeros((64, 64), jnp.float32))
+    y[...] = pl.run_state(lambda acc: plgpu.wgmma(acc, x_smem, x_smem))(start)
+
+
+def _register_operand_body(x: Any, y: Any, x_smem: Any, barrier: Any) -> None:
+    plgpu.copy_gmem_to_smem(x, x_smem, barrier)
+    plgpu.barrier_wait(barrier)
+
+    def product(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, x_smem[...], x_smem)
+        return acc[...]
+
+    y[...] = pl.run_scoped(product, plgpu.ACC((64, 64), jnp.float32))
+
+
+def _accumulator_store_body(x: Any, y: Any) -> None:
+    def store(acc: Any) -> jax.Array:
+        acc[...] = x[...].astype(jnp.float32)
+        return acc[...]
+
+    y[...] = pl.run_scoped(store, plgpu.ACC((64, 64), jnp.float32))
+
+
+def _predicated_store_body(x: Any, y: Any, y_smem: Any) -> None:
+    y_smem[...] = x[...].astype(jnp.float32)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(y_smem, y, predicate=y_smem.shape[0] == jnp.int32(64))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _atomics_body(x: Any, y: Any) -> None:
+    y[...] = x[...].astype(jnp.float32)
+    plgpu.atomic_add(y, jnp.ones((64, 64), jnp.float32))
+
+
+def _dependent_launch_body(x: Any, y: Any) -> None:
+    plgpu.griddepcontrol_wait()
+    y[...] = x[...].astype(jnp.float32)
+
+
+def _wgmma_races_body(x: Any, y: Any, x_smem: Any, barrier: Any) -> None:
+    plgpu.copy_gmem_to_smem(x, x_smem, barrier)
+    plgpu.barrier_wait(barrier)
+
+    def product(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, x_smem, x_smem)
+        plgpu.copy_gmem_to_smem(x, x_smem, barrier)  # under the running wgmma
+        plgpu.barrier_wait(barrier)
+        return acc[...]
+
+    y[...] = pl.run_scoped(product, plgpu.ACC((64, 64), jnp.float32))
+
+
+def _tile() -> tuple[Any, Any]:
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((64, 64), jnp.bfloat16, transforms=transforms), plgpu.Barrier()
+
+
+def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """A kernel for each gap: takes x[64, 64] bfloat16, returns float32 of the same shape."""
+    return {
+        "run_state": _kernel(_run_state_body, *_tile()),
+        "register_operand": _kernel(_register_operand_body, *_tile()),
+        "accumulator_store": _kernel(_accumulator_store_body),
+        "predicated_store": _kernel(_predicated_store_body, plgpu.SMEM((64, 64), jnp.float32)),
+        "atomics": _kernel(_atomics_body),
+        "dependent_launch": _kernel(_dependent_launch_body),
+        "wgmma_races": _kernel(_wgmma_races_body, *_tile()),
+    }
+
+
+def probes() -> list[Probe]:
+    """Which gaps the stock interpreter of this JAX still has: a Probe for each, `ok` once closed.
+
+    Runs with our additions taken out, and puts them back.
+    """
+    install()
+    for (owner, name), function in _stock().items():
+        setattr(owner, name, function)
+    logging.disable(logging.CRITICAL)  # a failing callback logs its traceback
+    try:
+        return [_probe(name, kernel) for name, kernel in probe_kernels().items()]
+    finally:
+        logging.disable(logging.NOTSET)
+        install()
+
+
+def _probe(name: str, kernel: Callable[[jax.Array], jax.Array]) -> Probe:
+    detect = name == "wgmma_races"
+    _messages.clear()
+    try:
+        params = plgpu.InterpretGPUParams(detect_races=detect)
+        with plgpu.force_gpu_interpret_mode(params):
+            jax.block_until_ready(jax.jit(lambda x: kernel(x))(jnp.ones((64, 64), jnp.bfloat16)))
+        if detect and not races():
+            return Probe(name, False, "no race reported")
+    except Exception as error:
+        _jax().calls.reset_gpu_interpret_mode_state()
+        return Probe(name, False, f"{type(error).__name__}: {str(error).strip()}".splitlines()[-1])
+    return Probe(name, True, "")
