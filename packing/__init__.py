@@ -1,0 +1,1 @@
+"""Sequence packing for attention kernels: the loader is being written; nothing is exported yet."""
