@@ -425,7 +425,7 @@ def _one_worker(
             if "start" in message:
                 under_way = message["start"]
             else:
-                answers.put((waiting.pop(message["id"]), message["rows"], True))
+                answers.put((waiting.pop(message["id"]), message["rows"], message["keep"]))
                 under_way = None
         status = worker.wait()
         stalled = watch.stop()

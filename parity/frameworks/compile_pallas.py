@@ -88,16 +88,14 @@ def _lower(
         try:
             traced = jax.jit(lambda *a: function(*a)).trace(*args)
             lowered: Any = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-            modules = list(_mosaic_modules(lowered.operation))
+            modules = list(dict.fromkeys(_mosaic_modules(lowered.operation)))
             if not modules:
-                raise NotImplementedError("lowered to no Mosaic GPU kernel")
+                return [failure(which, request, "lowered to no Mosaic GPU kernel")]
             rows: list[Row] = []
             for module, config in zip(modules, configs.of_calls(len(modules)), strict=True):
                 row = _read(module, lowered.context) | {"status": "lowered", "message": ""}
                 row |= {} if assemble is None else assemble(module)
-                row |= {"pass": which, "config": config}
-                if row not in rows:
-                    rows.append(row)
+                rows.append(row | {"pass": which, "config": config})
             return rows
         except Exception as error:
             return [failure(which, request, error, config=configs.latest())]

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ Request = dict[str, Any]
 
 
 def serve(compile_one: Callable[[Request], list[Row]]) -> None:
-    """Answers every request of the job: {"start": id}, then {"id": id, "rows": [...]}."""
+    """Answers every request: {"start": id}, then {"id": id, "rows": [...], "keep": bool}."""
     answers = os.fdopen(os.dup(1), "w")
     # what kernels, compilers and their child processes print must not mix with the answers
     os.dup2(2, 1)
@@ -32,7 +33,9 @@ def serve(compile_one: Callable[[Request], list[Row]]) -> None:
             rows = compile_one(request)
         except Exception as error:
             rows = [failure(which, request, error) for which in request["passes"]]
-        _say(answers, {"id": request["id"], "rows": rows})
+        # an error of this machine, not of the kernel: true today, perhaps not tomorrow
+        keep = not any([row.pop("transient", False) for row in rows])
+        _say(answers, {"id": request["id"], "rows": rows, "keep": keep})
 
 
 def _say(answers: Any, message: dict[str, Any]) -> None:
@@ -100,12 +103,12 @@ def ptxas_numbers(log: str) -> Row | None:
         return None
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
     stack, stores, loads = map(int, frame.groups()) if frame else (0, 0, 0)
-    serialised = re.search(r"\((C75\d+)\)[^\n]*wgmma[^\n]* serialized[^\n]*", log)
+    serialised = re.search(r"\((C75\d+)\)[^\n]*wgmma[^\n]* serialized due to ([^\n]*)", log)
     return {
         "registers": int(used[1]),
         "stack": stack,
         "spills": stores + loads,
-        "serialised_wgmma": serialised[0].strip() if serialised else "",
+        "serialised_wgmma": f"{serialised[2]} ({serialised[1]})" if serialised else "",
     }
 
 
@@ -122,7 +125,8 @@ def verdict(row: Row) -> Row:
     elif row.get("local"):
         faults.append(f"{row['local']} local-memory instructions, stack {row['stack']} bytes")
     if row.get("serialised_wgmma"):
-        faults.append(f"wgmma serialised: {row['serialised_wgmma']}")
+        reason = re.sub(r" in (the )?function '\w*'", "", row["serialised_wgmma"])
+        faults.append(f"wgmma serialised: {reason}")
     row["serialised_wgmma"] = bool(row["serialised_wgmma"])
     return row | {"status": "fail" if faults else "ok", "message": "; ".join(faults)}
 
@@ -131,52 +135,39 @@ def verdict(row: Row) -> Row:
 
 
 def failure(which: str, request: Request, error: BaseException | str, **known: Any) -> Row:
+    row = {"kernel": request["implementation"].rpartition(":")[2], "config": {}} | known
+    if isinstance(error, (OSError, MemoryError, ImportError)):
+        row["transient"] = True
     message = error if isinstance(error, str) else one_line(error)
-    kernel = request["implementation"].rpartition(":")[2]
-    return (
-        {"kernel": kernel, "config": {}}
-        | known
-        | {
-            "pass": which,
-            "status": "fail",
-            "message": message,
-        }
-    )
+    return row | {"pass": which, "status": "fail", "message": message}
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The cause of an error as one line: the deepest exception that has words, else its place."""
-    while True:
-        deeper = error.__cause__
-        if deeper is None or not str(deeper).strip():
-            break
-        error = deeper
-    text = str(error)
-    ptxas = re.search(r"^.*ptxas.*(?:error|fatal)\s*:.*$", text, re.MULTILINE)
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """What went wrong and where in the kernel's file: the cause that has words, on one line."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    # jax appends a pseudo-exception that only carries the user's frames
+    causes = [e for e in chain if type(e).__name__ != "JaxStackTraceBeforeTransformation"]
+    cause = next((e for e in reversed(causes) if str(e).strip()), causes[-1])
+    text = str(cause)
+    ptxas = re.search(r"ptxas [^\n]*(?:error|fatal)[^\n]*", text)
     if ptxas:
-        text = ptxas[0]
-    elif type(error).__name__ in ("CompilationError", "UnsupportedLanguageConstruct"):
-        text = _without_source(text)  # triton quotes the kernel up to the line at fault
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        return f"{type(error).__name__} {_place(error)}".strip()
-    # the first paragraph says what is wrong, the rest is the way there
-    message = " ".join(lines[:3]) if len(lines[0]) < 60 else lines[0]
-    message = re.sub(r"\s+", " ", message)
-    return f"{type(error).__name__}: {message}"[:limit]
+        return re.sub(r"\S*\.ptx, ", "", ptxas[0])[:limit]
+    lines = [line.strip() for line in text.split("Please file an issue")[0].splitlines()]
+    lines = [line for line in lines if line]
+    if type(cause).__name__ == "CompilationError":  # triton quotes the kernel down to the fault
+        lines = lines[1 + max((i for i, line in enumerate(lines) if line == "^"), default=-1) :]
+    message = " ".join([type(cause).__name__ + ":", *lines[:3]])
+    return f"{message[:limit]}{_place(chain)}"
 
 
-def _without_source(text: str) -> str:
-    head = text.splitlines()[0].rstrip(":")
-    words = [line for line in text.splitlines() if line.strip()]
-    after = next((i + 1 for i, line in enumerate(words) if line.strip() == "^"), len(words) - 1)
-    quoted = words[after - 2].strip() if after >= 2 else ""
-    return f"{' '.join(words[after:]) or words[-1]} ({head}: {quoted})"
-
-
-def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return ""
-    last = frames[-1]
-    return f"at {Path(last.filename).name}:{last.lineno}: {last.line}"
+def _place(chain: list[BaseException]) -> str:
+    for error in chain:
+        quoted = re.match(r"at \d+:\d+:\n.*?([^\n]*)\n\s*\^", str(error), re.DOTALL)
+        if quoted:  # triton: a line of the kernel
+            return f" (at {quoted[1].strip()!r})"
+    frames = [f for error in chain for f in traceback.extract_tb(error.__traceback__)]
+    others = (*sysconfig.get_paths().values(), str(Path(__file__).parents[1]), "<")
+    ours = [f for f in frames if not f.filename.startswith(others)]
+    return f" ({Path(ours[-1].filename).name}:{ours[-1].lineno}: {ours[-1].line})" if ours else ""

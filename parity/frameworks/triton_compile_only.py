@@ -45,20 +45,32 @@ class CompileOnly(DriverBase):
     def __init__(self) -> None:
         self.utils = self  # triton asks driver.utils for device properties and for loading
         self.launched: list[Row] = []
+        self._seen: set[tuple[Any, ...]] = set()
         self._read: dict[str, Row] = {}  # what was read off each cubin, by its hash
         self.config: Callable[[], dict[str, Any]] = dict  # which Config is running, asked at launch
-        self.log = io.StringIO()
+        self._numbers: Row | None = None
+        self._log = io.StringIO()
         self.unloaded: Row = {}  # a kernel that compiled and was refused before it could be loaded
         self._nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
     @contextlib.contextmanager
     def record(self) -> Iterator[list[Row]]:
-        """The kernels launched inside, in order, each once."""
+        """The kernels launched inside, in order; the same code on the same grid counts once."""
         self.launched, self.unloaded = [], {}
-        with contextlib.redirect_stdout(self.log):
+        self._seen = set()
+        self._take_log()
+        with contextlib.redirect_stdout(self._log):
             yield self.launched
 
+    def _take_log(self) -> str:
+        log = self._log.getvalue()
+        self._log.seek(0)
+        self._log.truncate()
+        return log
+
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        # triton comes here right after ptxas, and only then finds that shared memory is too small
+        self._numbers = ptxas_numbers(self._take_log())
         row = self.unloaded = {
             "kernel": metadata.name,
             "shared_bytes": metadata.shared,
@@ -67,19 +79,18 @@ class CompileOnly(DriverBase):
         }
 
         def launch(grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:
-            launched = row | {"grid": [grid_x, grid_y, grid_z], "config": self.config()}
-            if launched not in self.launched:
-                self.launched.append(launched)
+            key = (metadata.hash, grid_x, grid_y, grid_z)
+            if key not in self._seen:
+                self._seen.add(key)
+                grid = [grid_x, grid_y, grid_z]
+                self.launched.append(row | {"grid": grid, "config": self.config()})
 
         return launch
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        numbers = ptxas_numbers(self.log.getvalue())
-        self.log.seek(0)
-        self.log.truncate()
         key = hashlib.sha256(cubin).hexdigest()
-        if numbers is not None:
-            self._read[key] = verdict(numbers | sass_numbers(self._disassemble(cubin)))
+        if self._numbers is not None:
+            self._read[key] = verdict(self._numbers | sass_numbers(self._disassemble(cubin)))
         row, self.unloaded = self.unloaded, {}
         row.update(self._read[key])  # triton compiles equal kernels once: no second log
         return None, None, row["registers"], row["spills"], 1024
