@@ -16,6 +16,8 @@ same addresses there. Environment variables of either framework are set in this 
 else.
 """
 
+import atexit
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -25,7 +27,15 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+_cpu_mode: list[contextlib.ExitStack] = []
+
 TWINS = {"triton": "parity.frameworks.torch", "pallas": "parity.frameworks.jax"}
+
+
+class DataRace(RuntimeError):
+    """Mosaic's race detector saw two accesses that nothing orders."""
+
+    parity_reason = "race"
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,13 @@ def interpreters(*, detect_races: bool = True) -> None:
         raise RuntimeError(
             f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}: the interpreters need 'cpu'"
         )
-    from parity.frameworks import mosaic_interpreter
+    if not _cpu_mode:
+        from parity.frameworks import mosaic_interpreter
 
-    mosaic_interpreter.enter(detect_races=detect_races)
+        mode = contextlib.ExitStack()
+        mode.enter_context(mosaic_interpreter.interpreting(detect_races=detect_races))
+        atexit.register(mode.close)
+        _cpu_mode.append(mode)
 
 
 def interpreted() -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend import core as jcore
 
 from parity import frameworks
-from parity.frameworks import Kernel, load_target
+from parity.frameworks import DataRace, Kernel, load_target
 
 TWIN = "pallas"
 
@@ -18,8 +18,8 @@ TWIN = "pallas"
 _STRUCTURE = frozenset(
     (
         "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr "
-        "remat shard_map reshape broadcast_in_dim squeeze expand_dims stop_gradient iota "
-        "optimization_barrier"
+        "custom_vmap_call remat shard_map reshape broadcast_in_dim squeeze expand_dims "
+        "stop_gradient iota optimization_barrier"
     ).split()
 )
 _MOSAIC = frozenset(("pallas_call", "core_map", "mpmd_map"))
@@ -97,7 +97,7 @@ def _compiled(fn: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..
 
 
 def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """Calls fn under jit and waits for it. In the interpreter a data race is an error (RaceError).
+    """Calls fn under jit and waits for it. In the interpreter a data race is an error (DataRace).
 
     On a GPU the pool is dirtied with NaN first: an element nobody wrote shows.
     """
@@ -106,8 +106,12 @@ def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any])
         return jax.block_until_ready(_compiled(fn, options)(*args))
     from parity.frameworks import mosaic_interpreter
 
-    with mosaic_interpreter.watched():
-        return jax.block_until_ready(_compiled(fn, options)(*args))
+    with mosaic_interpreter.interpreting(detect_races=True):
+        out = jax.block_until_ready(_compiled(fn, options)(*args))
+        found = mosaic_interpreter.races()
+    if found:
+        raise DataRace(found[0])
+    return out
 
 
 def _dirty_pool(args: Sequence[Any]) -> None:
@@ -169,7 +173,7 @@ def witness(
 
 
 def library(stem: str) -> Callable[..., Any]:
-    """The same mathematics in JAX's own operations: the planted fault "a library call in disguise"."""
+    """The same mathematics in JAX's own operations: planted as a library call in disguise."""
 
     def matmul(a: Any, b: Any, *, out_dtype: str | None = None) -> Any:
         c = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)

@@ -211,7 +211,7 @@ def share_of_ours(call: Callable[[], Any], ours: Sequence[str]) -> list[str]:
 
 
 def library(stem: str) -> Callable[..., Any]:
-    """The same mathematics in PyTorch's own operations: the planted fault "a library call in disguise"."""
+    """The same mathematics in PyTorch's own operations: planted as a library call in disguise."""
 
     def matmul(a: Any, b: Any, *, out_dtype: str | None = None) -> Any:
         return (a.float() @ b.float()).to(dtype_named(torch, out_dtype) if out_dtype else a.dtype)
