@@ -56,7 +56,7 @@ lint: venv
 	@.venv/bin/pyright --pythonpath .venv/bin/python $(ARGS)
 
 docs: venv
-	@.venv/bin/python docs/picture.py
+	@PYTHONPATH=docs .venv/bin/python -c 'import picture; picture.main()'
 	@.venv/bin/parity report --readme $(ARGS)
 
 lab: tmp
