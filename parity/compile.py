@@ -205,6 +205,9 @@ def _absolute(implementation: str) -> str:
     return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else implementation
 
 
+_Answers = queue.Queue[tuple[_Task, list[dict[str, Any]], bool]]
+
+
 # Where ptxas for Pallas is.
 
 
@@ -219,10 +222,13 @@ def find_sass(root: Path | None = None) -> Path | None:
 
 
 def _site_packages(environment: Path) -> Path | None:
-    sites = (environment, *sorted(environment.glob("lib/python*/site-packages")))
-    return next(
-        (s for s in sites if (s / _PLUGIN).is_file() and list(s.glob("nvidia/cu*/bin/ptxas"))), None
-    )
+    """The folder in it with ptxas and our jax's plugin: a module is for its own release only."""
+    release = _version("jax")
+    for site in (environment, *sorted(environment.glob("lib/python*/site-packages"))):
+        parts = (_PLUGIN, f"jax_cuda*_pjrt-{release}.dist-info", "nvidia/cu*/bin/ptxas")
+        if all(any(site.glob(part)) for part in parts):
+            return site
+    return None
 
 
 def _environment(sass: bool | Path | None) -> Path | None:
@@ -233,7 +239,8 @@ def _environment(sass: bool | Path | None) -> Path | None:
     if site is None and sass is not None:
         where = environment or ".venv-sass"
         raise FileNotFoundError(
-            f"{where}: no jax CUDA plugin with ptxas (and a C compiler); `make sass` builds it"
+            f"{where}: no CUDA plugin of jax {_version('jax')} with ptxas (a C compiler is needed "
+            "too); `make sass` builds it"
         )
     return site
 
@@ -265,15 +272,18 @@ def _digest(*parts: bytes) -> str:
 
 def _versions(twin: str, site: Path | None) -> list[str]:
     found = [f"python {sys.version_info[:2]}"]
-    for name in _DISTRIBUTIONS[twin]:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} none")
+    found += [f"{name} {_version(name)}" for name in _DISTRIBUTIONS[twin]]
     if twin == "pallas" and site is not None:
         infos = [*site.glob("jax_cuda*.dist-info"), *site.glob("nvidia_cuda_nvcc*.dist-info")]
         found += sorted(info.name for info in infos)
     return found
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def sources(implementation: str) -> set[Path]:
@@ -348,68 +358,82 @@ def _compile_all(
     timeout: float,
     finish: Callable[[_Task, list[dict[str, Any]], bool], None],
 ) -> None:
-    answers: queue.Queue[tuple[_Task, list[dict[str, Any]], bool]] = queue.Queue()
-    crew: list[subprocess.Popen[str]] = []
-    started = []
+    answers: _Answers = queue.Queue()
+    crew = _Crew()
+    threads = []
     for twin, tasks in missing.items():
         main = "main()"
         if twin == "pallas" and site is not None:
             main = f"main({str(site)!r}, {str(cache.resolve())!r})"
         code = f"from parity.frameworks.compile_{twin} import main; {main}"
         args = (code, tasks, timeout, answers, crew)
-        started.append(threading.Thread(target=_drive, args=args, daemon=True))
-        started[-1].start()
+        threads.append(threading.Thread(target=_drive, args=args, daemon=True))
+        threads[-1].start()
     try:
         for _ in range(sum(map(len, missing.values()))):
             finish(*answers.get())
-        for thread in started:
-            thread.join()
-    finally:  # interrupted: leave no compiler behind
-        for worker in crew:
+    finally:  # interrupted or not: no compiler stays behind
+        crew.dismiss()
+    for thread in threads:
+        thread.join()
+
+
+class _Crew:
+    """The worker processes of one run."""
+
+    def __init__(self) -> None:
+        self.workers: list[subprocess.Popen[str]] = []
+        self.dismissed = threading.Event()
+
+    def dismiss(self) -> None:
+        self.dismissed.set()
+        for worker in self.workers:
             worker.kill()
 
 
-def _drive(
-    code: str,
-    tasks: list[_Task],
-    timeout: float,
-    answers: queue.Queue,
-    crew: list[subprocess.Popen[str]],
-) -> None:
+def _drive(code: str, tasks: list[_Task], timeout: float, answers: _Answers, crew: _Crew) -> None:
     """Asks workers until every task has its rows; one that kills or stalls its worker fails."""
     waiting = dict(enumerate(tasks))
-    while waiting:
-        blamed, why = _one_worker(code, waiting, timeout, answers, crew)
-        if why:
-            # without a first request under way the worker itself is broken, for all tasks alike
-            guilty = list(waiting) if blamed is None else [blamed]
-            for number in guilty:
-                task = waiting.pop(number)
-                answers.put((task, _failures(task, why), False))
+    while waiting and not crew.dismissed.is_set():
+        before = len(waiting)
+        try:
+            blamed, why = _one_worker(code, waiting, timeout, answers, crew)
+        except Exception as error:  # the run waits for an answer to every task
+            blamed, why = None, f"the compiler could not be asked: {error}"
+        if blamed is not None:
+            guilty = [blamed]
+        else:  # it broke before or between tasks: if it never worked, it is broken for all
+            guilty = list(waiting) if len(waiting) == before else []
+        for number in guilty:
+            task = waiting.pop(number)
+            answers.put((task, _failures(task, why), False))
 
 
 def _one_worker(
     code: str,
     waiting: dict[int, _Task],
     timeout: float,
-    answers: queue.Queue,
-    crew: list[subprocess.Popen[str]],
+    answers: _Answers,
+    crew: _Crew,
 ) -> tuple[int | None, str]:
     """Runs one worker and takes what it finishes out of `waiting`.
 
     Returns the task that was under way when it ended and why it ended; (None, "") if all went well.
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+") as errors:
-        worker = subprocess.Popen(
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
             [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=pipe,
+            stdout=pipe,
             stderr=errors,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
-        )
-        crew.append(worker)
+        ) as worker,
+    ):
+        crew.workers.append(worker)
         assert worker.stdin is not None and worker.stdout is not None
         watch = _Watch(worker, timeout)
         under_way = None
@@ -421,6 +445,8 @@ def _one_worker(
             pass  # it died at once: its last words follow
         for line in worker.stdout:
             watch.alive()
+            if not line.endswith("\n"):
+                break  # killed while it spoke
             message = json.loads(line)
             if "start" in message:
                 under_way = message["start"]
@@ -428,8 +454,7 @@ def _one_worker(
                 answers.put((waiting.pop(message["id"]), message["rows"], message["keep"]))
                 under_way = None
         status = worker.wait()
-        stalled = watch.stop()
-        if stalled:
+        if watch.stop():
             return under_way, f"no answer in {timeout:g} s: the compiler was stopped"
         if status or waiting:
             return under_way, f"the compiler process ended with {status}: {_last_words(errors)}"

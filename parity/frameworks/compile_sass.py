@@ -9,6 +9,7 @@ Not public, checked on jax-cuda13-plugin 0.11.2: MosaicGpuCompile and the MOSAIC
 """
 
 import base64
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -68,22 +69,23 @@ class Assembler:
         answer = self._child.stdout.readline()
         if answer:
             return json.loads(answer)
-        code = self._child.wait()
-        self._child = None
+        code = self.close()
         return {"status": "fail", "message": f"Mosaic GPU's compiler died (exit status {code})"}
 
     def _write(self, line: str) -> None:
         assert self._child is not None and self._child.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the missing answer says so
             self._child.stdin.write(line + "\n")
             self._child.stdin.flush()
-        except BrokenPipeError:
-            pass  # the missing answer says so
 
-    def close(self) -> None:
-        if self._child is not None and self._child.stdin is not None:
-            self._child.stdin.close()
-            self._child.wait()
+    def close(self) -> int:
+        """Ends the child, if there is one, and tells its exit status."""
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        with contextlib.suppress(BrokenPipeError):
+            child.communicate()
+        return child.returncode
 
 
 def _driver(cache: Path) -> Path:
