@@ -153,7 +153,7 @@ class _Subject:
         if problem.probe is not None and all(v.ok for v in verdicts):
             verdicts += self._probed(other, decoy, specs)
         if all(v.ok for v in verdicts):
-            wrong = twin.witness(fn, args, options, problem.glue)
+            wrong = twin.witness(fn, args, options, problem.glue, share="model" in work.tags)
             verdicts += [Verdict("witness", False, "witness", sentence) for sentence in wrong]
         return verdicts, outputs
 

@@ -168,7 +168,12 @@ class _Operations(TorchDispatchMode):
 
 
 def witness(
-    fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], glue: Sequence[str]
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    glue: Sequence[str],
+    *,
+    share: bool = False,
 ) -> list[str]:
     """Who did the work? Sentences about torch operations that compute, or about no launch.
 
@@ -185,7 +190,7 @@ def witness(
     wrong = [f"torch operation {op} did part of the work" for op in foreign]
     if not launched:
         wrong.append("no Triton kernel was launched")
-    elif device() == "cuda":
+    elif share and device() == "cuda":
         wrong += share_of_ours(lambda: fn(*args, **options), launched)
     return wrong
 
