@@ -1,0 +1,136 @@
+"""One profiler for both languages: torch.profiler (Kineto over CUPTI) sees this process's kernels.
+
+It sees torch's, Triton's and JAX's kernels alike, on one clock. CUPTI has one subscriber, so no
+other profiler may be open in this process: not jax.profiler, not Mosaic GPU's own, not ncu.
+"""
+
+import functools
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from parity.timing import Kernel, NothingSeen, cut
+
+_MASK = 0x5A5A5A5A
+
+
+def kernels(call: Callable[[], Any]) -> list[Kernel]:
+    """The kernels, copies and fills of one call, in the order they started; the cache is as it is.
+
+    Raises:
+        NothingSeen: there is no GPU, or another profiler holds CUPTI.
+    """
+    with _session() as seen:
+        wait_for(call())
+    return seen
+
+
+def cold(
+    calls: Sequence[Callable[[], Any]], during: Callable[[int], None] | None = None
+) -> list[list[Kernel]]:
+    """The kernels of each call, run in order in one profiler session, each on a cold L2 cache.
+
+    Before each call twice L2's size is read and written. That leaves the cache full of dirty lines
+    of no use, and evicting them costs the call what it saves by leaving its own last lines there.
+    The device is idle when a call starts, because the two frameworks use different streams.
+    `during` is called with the number of a call that was just launched, to read the clocks.
+
+    Raises:
+        NothingSeen: there is no GPU, another profiler holds CUPTI, or samples cannot be told apart.
+    """
+    needs_gpu()
+    flush = _flush(torch.cuda.current_device())
+    # A pause of the garbage collector between two launches of one call would count as its time.
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with _session() as seen:
+            for i, call in enumerate(calls):
+                flush()
+                torch.cuda.synchronize()
+                out = call()
+                if during is not None:
+                    during(i)
+                wait_for(out)
+                del out
+    finally:
+        if collects:
+            gc.enable()
+    return cut(seen, flush.kernel, len(calls))
+
+
+class _Flush:
+    """Reads and writes a buffer of twice L2's size, by a kernel that no call will use: torch's
+    in-place exclusive or of 32-bit integers. Its name marks where a sample begins."""
+
+    def __init__(self, device: int) -> None:
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.zeros(size // 4, dtype=torch.int32, device=f"cuda:{device}")
+        names = {k.name for k in kernels(self)}
+        if len(names) != 1:
+            raise NothingSeen(f"the cache flush should be one kernel, the profiler saw {names}")
+        self.kernel = names.pop()
+
+    def __call__(self) -> None:
+        self._buffer.bitwise_xor_(_MASK)
+
+
+_flush = functools.cache(_Flush)
+
+
+def wait_for(out: Any) -> None:
+    """Waits for the device, and first for what JAX has yet to launch from threads of its own."""
+    for leaf in _leaves(out):
+        if hasattr(leaf, "block_until_ready"):
+            leaf.block_until_ready()
+    torch.cuda.synchronize()
+
+
+def _leaves(out: Any) -> Iterator[Any]:
+    if isinstance(out, (tuple, list)):
+        for x in out:
+            yield from _leaves(x)
+    else:
+        yield out
+
+
+def needs_gpu() -> None:
+    """Raises NothingSeen where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        raise NothingSeen("there is no CUDA device: speed exists only on a GPU")
+
+
+@contextmanager
+def _session() -> Iterator[list[Kernel]]:
+    """Yields a list, and fills it with the device's kernels, copies and fills when it closes."""
+    needs_gpu()
+    seen: list[Kernel] = []
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it forgets between cycles; here is one
+        with profile(activities=[ProfilerActivity.CUDA]) as session:
+            yield seen
+            torch.cuda.synchronize()
+    results = session.profiler.kineto_results if session.profiler else None
+    events = [
+        e
+        for e in (results.events() if results else ())
+        if e.device_type().name == "CUDA" and not e.is_user_annotation()
+    ]
+    if not events:
+        raise NothingSeen(
+            "the profiler saw no kernel. CUPTI has one subscriber: close ncu, nsys, jax.profiler "
+            "and Mosaic GPU's profiler; a container may have to allow it"
+        )
+    # Integers first: nanoseconds since 1970 are more than a float64 can tell apart.
+    origin = min(e.start_ns() for e in events)
+    seen += [
+        Kernel(e.name(), (e.start_ns() - origin) / 1e3, (e.end_ns() - origin) / 1e3) for e in events
+    ]
+    seen.sort(key=lambda k: (k.start_us, k.end_us))
