@@ -88,8 +88,8 @@ def check_tensor(
             )
     elif x.device.type != "cuda" and not (x.device.type == "meta" and _compiling_only()):
         raise ValueError(
-            f"{name}: expected a CUDA tensor, got one on {x.device} (TRITON_INTERPRET=1, set before "
-            "the first import of triton, runs the kernels on CPU tensors)"
+            f"{name}: expected a CUDA tensor, got one on {x.device} (TRITON_INTERPRET=1, set "
+            "before triton is first imported, runs the kernels on CPU tensors)"
         )
 
 

@@ -271,8 +271,8 @@ def _check(a: Tensor, b: Tensor, out_dtype: torch.dtype | str | None, config: Co
     for name, x, shape in (("a", a, ("M", "K")), ("b", b, ("K", "N"))):
         if isinstance(x, Tensor) and x.dtype is torch.float32:
             raise TypeError(
-                f"{name}: expected dtype bfloat16 or float16, got float32: tensor cores would round "
-                "its mantissa to 10 bits (TF32) without a word"
+                f"{name}: expected dtype bfloat16 or float16, got float32: tensor cores would "
+                "round its mantissa to 10 bits (TF32) without a word"
             )
         _lib.check_tensor(name, x, shape, DTYPES)
     _lib.check_tensor("b", b, (a.shape[1], "N"), (a.dtype,))

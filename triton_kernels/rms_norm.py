@@ -32,7 +32,6 @@ from torch.autograd.function import once_differentiable
 from . import _lib
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNKS = 8  # chunks of block_n columns whose dw one program of the backward keeps in registers
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Config:
     block_n: columns of a tile. A row that is longer is read twice, in chunks of block_n.
     stages: tiles in flight or in use; 1 leaves that to the programs that share a multiprocessor.
     warps: warps of a program.
-    programs: programs for each multiprocessor, which then walk over the tiles; 0: one for each tile
+    programs: programs for each multiprocessor, which walk over the tiles; 0: one for each tile
         (the backward takes that for 1: it writes a partial dw for each program).
     """
 
@@ -69,8 +68,8 @@ def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Co
             return Config(1, 16384, stages=1, warps=32)
         # 16 elements of a row for each thread: two loads of 16 bytes in flight
         return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 1024)))
-    if N > 8192:
-        return Config(1, 4096, stages=1, warps=16, programs=1)
+    if N > 16384:
+        return Config(1, 16384, stages=1, warps=16, programs=1)
     return Config(max(1, 2048 // block_n), block_n, 3, min(16, max(4, block_n // 512)), 1)
 
 
@@ -88,14 +87,14 @@ def _load_h(x, residual, offsets, inside, has_residual: tl.constexpr):
 
 @triton.jit
 def _store_y(
-    y, h_out, offsets, inside, h, rstd, w,
+    y, h_out, offsets, inside, h, rstd, w, w_offset,
     has_residual: tl.constexpr, cast_before_weight: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y.dtype.element_ty
     xh = h * rstd
     if cast_before_weight:
         xh = xh.to(dtype).to(tl.float32)
-    tl.store(y + offsets, (xh * w).to(dtype), mask=inside)
+    tl.store(y + offsets, (xh * (w.to(tl.float32) + w_offset)).to(dtype), mask=inside)
     if has_residual:
         tl.store(h_out + offsets, h.to(dtype), mask=inside)
 
@@ -115,9 +114,12 @@ def _rms_norm_fwd_kernel(
     has_residual: tl.constexpr = residual_ptr is not None
     n = tl.arange(0, block_n)[None, :]
     if whole:
-        w = tl.load(w_ptr + n, mask=n < N, other=0.0).to(tl.float32) + w_offset
+        w = tl.load(w_ptr + n, mask=n < N, other=0.0)  # [1, block_n]
     num_m = tl.cdiv(R, block_m)
-    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages):
+    # disable_licm: w waits in its own dtype, in half the registers.
+    for mi in tl.range(
+        tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages, disable_licm=True
+    ):
         # --- 1. which tile
         m = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
         rows = m[:, None]
@@ -145,7 +147,7 @@ def _rms_norm_fwd_kernel(
         tl.store(rstd_ptr + m, rstd, mask=m < R)
         rstd = rstd[:, None]
         if whole:
-            _store_y(y, h_out, n, inside, h, rstd, w, has_residual, cast_before_weight)
+            _store_y(y, h_out, n, inside, h, rstd, w, w_offset, has_residual, cast_before_weight)
         else:
             # Backwards: the chunks read last are the ones still in the caches.
             last = (N - 1) // block_n * block_n
@@ -153,8 +155,10 @@ def _rms_norm_fwd_kernel(
                 cols = last - back + n
                 inside = (rows < R) & (cols < N)
                 h = _load_h(x, residual, cols, inside, has_residual)
-                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + w_offset
-                _store_y(y, h_out, cols, inside, h, rstd, w, has_residual, cast_before_weight)
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
+                _store_y(
+                    y, h_out, cols, inside, h, rstd, w, w_offset, has_residual, cast_before_weight
+                )
 
 
 @triton.jit
@@ -167,71 +171,62 @@ def _rms_norm_bwd_kernel(
     dx_ptr,  # [R, N]
     dw_ptr,  # [programs, N] float32: this program's row of partial sums
     R, N, stride_hr, stride_dyr, stride_dhr, w_offset,
-    block_m: tl.constexpr, block_n: tl.constexpr, chunks: tl.constexpr, whole: tl.constexpr,
-    stages: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, num_n: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    n = tl.arange(0, block_n)[None, :]
-    if whole:
-        w = tl.load(w_ptr + n, mask=n < N, other=0.0).to(tl.float32) + w_offset
-    # This program stores dx and sums dw for these columns; their means still need the whole row.
-    first = tl.program_id(1) * chunks * block_n
-    dw = ()
-    for _ in tl.static_range(chunks):
-        dw = dw + (tl.zeros((block_m, block_n), tl.float32),)  # noqa: RUF005
+    # A program answers for block_n columns, whose dw it keeps in registers. The others it reads only
+    # for the mean, at about the time when their own programs read them: from L2.
+    ni = tl.program_id(1)
+    cols = ni * block_n + tl.arange(0, block_n)[None, :]
+    if num_n == 1:
+        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
+    dw = tl.zeros((block_m, block_n), tl.float32)
     num_m = tl.cdiv(R, block_m)
-    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages):
+    for mi in tl.range(
+        tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages, disable_licm=True
+    ):
         # --- 1. which tile
         m = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
         rows = m[:, None]
-        h_rows, dy_rows, dx_rows = (
-            h_ptr + rows * stride_hr,
-            dy_ptr + rows * stride_dyr,
-            dx_ptr + rows * N,
-        )
-        rstd = tl.load(rstd_ptr + m, mask=m < R, other=0.0)[:, None]
+        h_rows, dy_rows = h_ptr + rows * stride_hr, dy_ptr + rows * stride_dyr
+        inside = (rows < R) & (cols < N)
 
         # --- 2. main loop
-        if whole:
-            inside = (rows < R) & (n < N)
-            xh = tl.load(h_rows + n, mask=inside, other=0.0).to(tl.float32) * rstd
-            dy = tl.load(dy_rows + n, mask=inside, other=0.0).to(tl.float32)
-            products = dy * w * xh
-        else:
-            products = tl.zeros((block_m, block_n), tl.float32)
-            for n0 in tl.range(0, N, block_n):
-                cols = n0 + n
-                inside = (rows < R) & (cols < N)
-                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + w_offset
-                xh = tl.load(h_rows + cols, mask=inside, other=0.0).to(tl.float32) * rstd
-                dy = tl.load(dy_rows + cols, mask=inside, other=0.0).to(tl.float32)
-                products += dy * w * xh
-        mean = tl.sum(products, 1)[:, None] / N
+        h = tl.load(h_rows + cols, mask=inside, other=0.0)
+        dy = tl.load(dy_rows + cols, mask=inside, other=0.0)
+        if num_n > 1:
+            w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
+        products = h.to(tl.float32) * (dy.to(tl.float32) * (w.to(tl.float32) + w_offset))
+        for step in tl.static_range(1, num_n):
+            others = (ni + step) % num_n * block_n + tl.arange(0, block_n)[None, :]
+            seen = (rows < R) & (others < N)
+            other_w = tl.load(w_ptr + others, mask=others < N, other=0.0)
+            other_h = tl.load(h_rows + others, mask=seen, other=0.0)
+            other_dy = tl.load(dy_rows + others, mask=seen, other=0.0)
+            g = other_dy.to(tl.float32) * (other_w.to(tl.float32) + w_offset)
+            products += other_h.to(tl.float32) * g
 
-        for back in tl.static_range(chunks):
-            # --- 3. epilogue
-            # Backwards: the chunks read last are the ones still in the caches.
-            ni: tl.constexpr = chunks - 1 - back
-            cols = first + ni * block_n + n
-            if not whole:
-                inside = (rows < R) & (cols < N)
-                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + w_offset
-                xh = tl.load(h_rows + cols, mask=inside, other=0.0).to(tl.float32) * rstd
-                dy = tl.load(dy_rows + cols, mask=inside, other=0.0).to(tl.float32)
-            dx = rstd * (dy * w - xh * mean)
-            if dh_ptr is not None:
-                dx += tl.load(dh_ptr + rows * stride_dhr + cols, mask=inside, other=0.0).to(
-                    tl.float32
-                )
-            dw = dw[:ni] + (dw[ni] + dy * xh,) + dw[ni + 1 :]  # noqa: RUF005
+        # --- 3. epilogue
+        rstd = tl.load(rstd_ptr + m, mask=m < R, other=0.0)  # [block_m]
+        mean = (rstd * tl.sum(products, 1) / N)[:, None]
+        rstd = rstd[:, None]
+        if num_n > 1:
+            # There are too many columns to hold: read this program's own again, from L1. (Another
+            # eviction policy, lest the compiler take this for the load above.)
+            h = tl.load(h_rows + cols, mask=inside, other=0.0, eviction_policy="evict_first")
+            dy = tl.load(dy_rows + cols, mask=inside, other=0.0, eviction_policy="evict_first")
+            w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+        xh = h.to(tl.float32) * rstd
+        dx = rstd * (dy.to(tl.float32) * (w.to(tl.float32) + w_offset) - xh * mean)
+        dw += dy.to(tl.float32) * xh
+        if dh_ptr is not None:
+            dh = tl.load(dh_ptr + rows * stride_dhr + cols, mask=inside, other=0.0)
+            dx += dh.to(tl.float32)
 
-            # --- 4. store
-            tl.store(dx_rows + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        # --- 4. store
+        tl.store(dx_ptr + rows * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
-    for ni in tl.static_range(chunks):
-        cols = first + ni * block_n + tl.arange(0, block_n)
-        tl.store(
-            dw_ptr + tl.program_id(0).to(tl.int64) * N + cols, tl.sum(dw[ni], 0), mask=cols < N
-        )
+    partial = dw_ptr + tl.program_id(0).to(tl.int64) * N + cols
+    tl.store(partial, tl.sum(dw, 0)[None, :], mask=cols < N)
 
 
 @triton.jit
@@ -316,13 +311,14 @@ def _backward(
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(R, N, h.dtype, "bwd")
         programs = min(_lib.cdiv(R, tiles.block_m), max(1, tiles.programs) * _lib.num_sms())
-        chunks = min(CHUNKS, _lib.cdiv(N, tiles.block_n))
+        num_n = _lib.cdiv(N, tiles.block_n)
+        sms = _lib.num_sms()
+        programs = min(_lib.cdiv(R, tiles.block_m), max(1, max(1, tiles.programs) * sms // num_n))
         partial = h.new_empty(programs, N, dtype=torch.float32)
-        _rms_norm_bwd_kernel[(programs, _lib.cdiv(N, chunks * tiles.block_n))](
+        _rms_norm_bwd_kernel[(programs, num_n)](
             h, w, rstd, dy, dh, dx, partial, R, N,
             h.stride(0), dy.stride(0), 0 if dh is None else dh.stride(0), w_offset,
-            tiles.block_m, tiles.block_n, chunks, N <= tiles.block_n, tiles.stages,
-            num_warps=tiles.warps,
+            tiles.block_m, tiles.block_n, num_n, tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
         # 32 columns are one 128-byte line of float32; 64 rows of them keep 4 warps busy.
         _rms_norm_dw_kernel[(_lib.cdiv(N, 32),)](partial, dw, programs, N, 64, 32, num_warps=4)

@@ -39,7 +39,7 @@ class Config:
     block_n: columns of a tile. A row that is longer is read twice, in chunks of block_n.
     stages: tiles in flight or in use; 1 leaves that to the programs that share a multiprocessor.
     warps: warps of a program.
-    programs: programs for each multiprocessor, which then walk over the tiles; 0: one for each tile.
+    programs: programs for each multiprocessor, which walk over the tiles; 0: one for each tile.
     """
 
     block_m: int = 1
@@ -177,8 +177,7 @@ def _softmax_bwd_kernel(
             inside = exists & (n[None, :] < N)
             y = tl.load(y_rows + n[None, :], mask=inside, other=0.0).to(tl.float32)
             dy = tl.load(dy_rows + n[None, :], mask=inside, other=0.0).to(tl.float32)
-            dy = tl.where(y == 0.0, 0.0, dy)
-            dot = tl.sum(y * dy, 1)
+            dot = tl.sum(tl.where(y == 0.0, 0.0, y * dy), 1)
         else:
             dots = tl.zeros((block_m, block_n), tl.float32)
             for n0 in tl.range(0, N, block_n):
@@ -189,7 +188,7 @@ def _softmax_bwd_kernel(
                 dy = tl.load(
                     dy_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_last"
                 ).to(tl.float32)
-                dots += y * tl.where(y == 0.0, 0.0, dy)
+                dots += tl.where(y == 0.0, 0.0, y * dy)
             dot = tl.sum(dots, 1)
 
         # --- 3. epilogue
@@ -198,7 +197,7 @@ def _softmax_bwd_kernel(
 
         # --- 4. store
         if whole:
-            dx = scale * y * (dy - dot)
+            dx = tl.where(y == 0.0, 0.0, scale * y * (dy - dot))
             tl.store(dx_rows + n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
         else:
             last = (N - 1) // block_n * block_n
@@ -211,7 +210,7 @@ def _softmax_bwd_kernel(
                 dy = tl.load(
                     dy_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
                 ).to(tl.float32)
-                dx = scale * y * (tl.where(y == 0.0, 0.0, dy) - dot)
+                dx = tl.where(y == 0.0, 0.0, scale * y * (dy - dot))
                 tl.store(
                     dx_rows + n0 + n[None, :],
                     dx.to(dx_ptr.dtype.element_ty),
