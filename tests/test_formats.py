@@ -158,6 +158,21 @@ def test_e8m0_agrees_with_ml_dtypes_where_both_have_a_code():
     np.testing.assert_array_equal(formats.e8m0_encode(x), there)
 
 
+def test_ml_dtypes_still_misses_the_nearest_power_below_floats_normal_range():
+    x = np.float32(
+        2.0**-127 * 1.01
+    )  # once this fails, the test above need not leave out subnormals
+    assert x.astype(ml_dtypes.float8_e8m0fnu).view(np.uint8) == 1
+    assert formats.e8m0_encode(x) == 0
+
+
+def test_ml_dtypes_still_turns_nan_into_zero_where_there_is_no_nan():
+    nan = np.float32(np.nan)
+    with np.errstate(invalid="ignore"):
+        assert float(nan.astype(ml_dtypes.float4_e2m1fn)) == 0
+    assert E2M1.decode(E2M1.encode(nan)) == 6
+
+
 def test_every_e8m0_code():
     codes = np.arange(256, dtype=np.uint8)
     values = formats.e8m0_decode(codes)
