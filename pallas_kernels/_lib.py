@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP = 128  # lanes of a warpgroup, which Pallas calls one thread
@@ -59,9 +60,18 @@ def pad(x: jax.Array, *multiples: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - len(multiples)) + extra)
 
 
-def pad_pitch(x: jax.Array) -> jax.Array:
-    """x with zeros to the right until its rows start at multiples of 16 bytes, as TMA wants."""
-    return pad(x, 128 // bits(x.dtype))
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, all marked as varying over each axis of a shard_map that one of them varies over.
+
+    Inputs of one function must be so marked for its gradient (that of the mark is a sum over the
+    axes), and a kernel's output by hand: plgpu.kernel drops the mark.
+    """
+    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset().union(*own)
+    return tuple(
+        lax.pcast(x, tuple(every - axes), to="varying") if every - axes else x
+        for x, axes in zip(arrays, own, strict=True)
+    )
 
 
 def check_array(
@@ -95,3 +105,42 @@ def check_static(name: str, value: Any, types: tuple[type, ...]) -> None:
         raise TypeError(
             f"{name}: expected a Python {names} (a static value), got {type(value).__name__}"
         )
+
+
+def row_pieces(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays of one shape [..., N] as [..., N / piece, piece]: the same memory, in short pieces.
+
+    One TMA copy reaches at most 256 elements along a dimension, and longer along two. A piece is
+    what a warp or a part of it reads at once, 16 bytes a lane: the widest power of two that divides
+    N, up to 512 bytes. Rows that have none of 64 elements or more are padded to the widest first.
+    """
+    widest = 32 * 128 // max(bits(x.dtype) for x in arrays)
+    if arrays[0].shape[-1] % 64:
+        arrays = tuple(pad(x, widest) for x in arrays)
+    columns = arrays[0].shape[-1]
+    piece = min(widest, columns & -columns)
+    return tuple(x.reshape(*x.shape[:-1], columns // piece, piece) for x in arrays)
+
+
+def row_chunk(N: int, split: int, most: int, dtype: Any) -> int:
+    """Columns of a chunk when `split` warpgroups share a row of N, each holding at most `most`."""
+    step = WARPGROUP * 128 // bits(dtype)
+    return min(cdiv(cdiv(N, split), step) * step, most)
+
+
+def piece_tile(piece: int, dtype: Any) -> tuple[int, Any]:
+    """How many pieces a warpgroup reads at once, 16 bytes a lane, and the layout of such a tile.
+
+    No piece leaves its warp, so a reduction along pieces takes shuffles alone. This matters: for
+    reductions across warps Mosaic has one scratch buffer, which the warpgroups of a block would
+    overwrite for each other (jax 0.11.2; it is not checked, and the interpreter cannot see it).
+    """
+    lane = 128 // bits(dtype)
+    pieces = WARPGROUP * lane // piece
+    if piece == 32 * lane:
+        tiles, warps, lanes = ((pieces, piece), (lane,)), (-3,), (-2,)
+    else:
+        tiles, warps, lanes = ((pieces, piece), (pieces // 4, piece), (lane,)), (-5,), (-3, -2)
+    return pieces, plgpu.Layout.TILED(
+        plgpu.Tiling(tiles), warp_dims=warps, lane_dims=lanes, vector_dim=-1
+    )
