@@ -13,6 +13,7 @@ wait for each other). Answers are kept as JSON by the hash of everything they de
 """
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -385,6 +386,11 @@ class _Crew:
         self.workers: list[subprocess.Popen[str]] = []
         self.dismissed = threading.Event()
 
+    def hire(self, worker: subprocess.Popen[str]) -> None:
+        self.workers.append(worker)
+        if self.dismissed.is_set():
+            worker.kill()
+
     def dismiss(self) -> None:
         self.dismissed.set()
         for worker in self.workers:
@@ -422,6 +428,7 @@ def _one_worker(
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     pipe = subprocess.PIPE
+    job = json.dumps({"requests": [{"id": n} | task.request for n, task in waiting.items()]})
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -433,16 +440,13 @@ def _one_worker(
             env={**os.environ, "PYTHONPATH": path},
         ) as worker,
     ):
-        crew.workers.append(worker)
+        crew.hire(worker)
         assert worker.stdin is not None and worker.stdout is not None
         watch = _Watch(worker, timeout)
         under_way = None
-        try:
-            job = {"requests": [{"id": n} | task.request for n, task in waiting.items()]}
-            worker.stdin.write(json.dumps(job))
+        with contextlib.suppress(BrokenPipeError):  # it died at once: its last words follow
+            worker.stdin.write(job)
             worker.stdin.close()
-        except BrokenPipeError:
-            pass  # it died at once: its last words follow
         for line in worker.stdout:
             watch.alive()
             if not line.endswith("\n"):

@@ -4,7 +4,7 @@ It answers what triton asks of a CUDA driver as an H200 would, so that a public 
 unchanged on a machine without a GPU, on meta tensors: same specialization, same machine code.
 Instead of loading a kernel it reads resources off ptxas' log and instructions off the disassembly
 (the wheel brings nvdisasm). Every private name of triton that the compile gate touches is here,
-checked on triton 3.6: runtime.driver, backends.driver.DriverBase, the signatures of launchers and
+checked on triton 3.6 and 3.9: runtime.driver, backends.driver.DriverBase, the signatures of launchers and
 of load_binary, where nvdisasm lies.
 """
 
@@ -91,8 +91,12 @@ class CompileOnly(DriverBase):
         key = hashlib.sha256(cubin).hexdigest()
         if self._numbers is not None:
             self._read[key] = verdict(self._numbers | sass_numbers(self._disassemble(cubin)))
+        elif key not in self._read:  # a kernel compiled before has no second log
+            raise RuntimeError(
+                f"{name}: ptxas' log is not where triton {triton.__version__} puts it"
+            )
         row, self.unloaded = self.unloaded, {}
-        row.update(self._read[key])  # triton compiles equal kernels once: no second log
+        row.update(self._read[key])
         return None, None, row["registers"], row["spills"], 1024
 
     def _disassemble(self, cubin: bytes) -> str:
