@@ -1,6 +1,7 @@
 """The compile gate: toy kernels that must be red for the right reason, a real one, kept answers."""
 
 import dataclasses
+import importlib.metadata
 import json
 import queue
 import subprocess
@@ -366,6 +367,18 @@ def test_sass_where_there_is_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="make sass"):
         compile_gate([], sass=tmp_path)
     assert gate.find_sass(tmp_path) in (None, gate.find_sass())
+
+
+def test_a_plugin_of_another_release_is_not_taken(tmp_path):
+    site = tmp_path / ".venv-sass" / "lib" / "python3.12" / "site-packages"
+    for file in ("jax_plugins/xla_cuda13/xla_cuda_plugin.so", "nvidia/cu13/bin/ptxas"):
+        (site / file).parent.mkdir(parents=True)
+        (site / file).touch()
+    (site / "jax_cuda13_pjrt-0.0.1.dist-info").mkdir()
+    assert gate._site_packages(tmp_path / ".venv-sass") is None
+    (site / f"jax_cuda13_pjrt-{importlib.metadata.version('jax')}.dist-info").mkdir()
+    assert gate._site_packages(tmp_path / ".venv-sass") == site
+    assert gate._site_packages(site) == site
 
 
 def test_ptxas_log():

@@ -4,8 +4,8 @@ It answers what triton asks of a CUDA driver as an H200 would, so that a public 
 unchanged on a machine without a GPU, on meta tensors: same specialization, same machine code.
 Instead of loading a kernel it reads resources off ptxas' log and instructions off the disassembly
 (the wheel brings nvdisasm). Every private name of triton that the compile gate touches is here,
-checked on triton 3.6 and 3.9: runtime.driver, backends.driver.DriverBase, the signatures of launchers and
-of load_binary, where nvdisasm lies.
+checked on triton 3.6 and 3.9: runtime.driver, backends.driver.DriverBase, the signatures of
+launchers and of load_binary, where nvdisasm lies.
 """
 
 import contextlib
