@@ -1,0 +1,111 @@
+"""The judge on trial: it passes the model and catches every planted fault for the right reason."""
+
+import numpy as np
+import pytest
+
+from parity import faults
+from parity.judge import judge, judge_exact, judge_twins, limit, ulp_histogram
+from parity.problems import PROBLEMS
+from parity.spec import Array
+
+CI = [(p, w) for p in PROBLEMS for w in p.workloads if "ci" in w.tags]
+SMALLEST = [next(pw for pw in CI if pw[0] is p) for p in PROBLEMS]
+
+
+@pytest.fixture(scope="module")
+def tally(request):
+    """Collects every planted fault and prints the kill rate at the end."""
+    rows: list[faults.Caught] = []
+    yield rows
+    planted = [row for row in rows if row.fault != "none"]
+    killed = sum(row.ok for row in planted)
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    reporter.write_line(
+        f"\nkill rate: {killed} of {len(planted)} planted faults caught, reason right"
+    )
+
+
+@pytest.mark.parametrize(("problem", "work"), CI, ids=lambda v: getattr(v, "stem", None) or v.name)
+def test_every_wrong_answer_is_caught_and_the_model_passes(problem, work, tally):
+    rows = list(faults.answers(problem, work))
+    tally += rows
+    assert [row for row in rows if not row.ok] == []
+    assert {row.fault for row in rows} >= {"none", "unwritten_tail", "one_precision_lower"}
+
+
+@pytest.mark.parametrize("twin", ["triton", "pallas"])
+@pytest.mark.parametrize(("problem", "work"), SMALLEST, ids=[p.stem for p in PROBLEMS])
+def test_every_cheating_kernel_is_caught(problem, work, twin, tally):
+    rows = list(faults.behaviours(problem, work, twin))
+    tally += rows
+    assert [row for row in rows if not row.ok] == []
+
+
+def test_limits_follow_the_yardstick_and_the_caps():
+    assert limit("gemm", "bfloat16", 1.6e-3, 4096) == pytest.approx(2.4e-3 + 1e-6)
+    assert limit("gemm", "bfloat16", 2.5e-3, 4096) == 3e-3
+    assert limit("gemm", "float32", 1e-7, 4096) == pytest.approx(5e-6)
+
+
+def test_one_bad_tile_cannot_hide_in_a_large_norm():
+    rng = np.random.default_rng(0)
+    r = rng.standard_normal((64 * 200, 256))
+    model = r.astype(np.float32)
+    y = r.astype(np.float16)
+    spec = Array(y.shape, "float16")
+    assert judge("y", y, r, model, spec, family="gemm", terms=1).ok
+    y[640:704] *= np.float16(1.003)
+    found = judge("y", y, r, model, spec, family="gemm", terms=1)
+    assert (found.reason, found.worst_tile) == ("tile", 10)
+    assert found.first_wrong[0] in range(640, 704)
+
+
+@pytest.mark.parametrize(
+    ("y", "r", "ok"),
+    [
+        ([1.0, np.nan], [1.0, np.nan], True),
+        ([1.0, 2.0], [1.0, np.nan], False),  # NaN is never a wildcard
+        ([1.0, np.nan], [1.0, 2.0], False),
+        ([1.0, np.inf], [1.0, 70000.0], True),  # beyond float16: infinity is the rounded truth
+        ([1.0, -np.inf], [1.0, np.inf], False),
+        ([1.0, 1e-7], [1.0, 0.0], False),  # exactly zero means exactly zero
+        ([1.0, -0.0], [1.0, 0.0], True),
+    ],
+)
+def test_non_finite_and_zero_elements(y, r, ok):
+    r = np.array(r)
+    verdict = judge(
+        "y", np.array(y, np.float16), r, r, Array((2,), "float16"), family="norm", terms=1
+    )
+    assert verdict.ok is ok
+
+
+def test_the_exact_probe_names_the_first_wrong_element():
+    r = np.arange(12.0).reshape(3, 4)
+    y = r.astype(np.float32)
+    assert judge_exact("c", y, r, Array((3, 4), "float32")).ok
+    y[1, 2] += 1
+    found = judge_exact("c", y, r, Array((3, 4), "float32"))
+    assert (found.reason, found.first_wrong) == ("probe", (1, 2))
+    assert "is 7" in found.detail and "expected exactly 6" in found.detail
+
+
+def test_empty_outputs_pass():
+    empty = np.zeros((0, 5))
+    y = empty.astype(np.float16)
+    assert judge("y", y, empty, empty, Array((0, 5), "float16"), family="norm", terms=5).ok
+
+
+def test_twins_too_far_apart_fail():
+    r = np.ones((4, 4))
+    a, b = r.astype(np.float16), (r * 1.01).astype(np.float16)
+    spec = Array((4, 4), "float16")
+    assert judge_twins("y", a, a, r, 2e-4, spec, 3e-4).ok
+    assert judge_twins("y", a, b, r, 2e-4, spec, 3e-4).reason == "twins"
+
+
+def test_ulp_histogram_counts_steps_across_zero():
+    a = np.array([1.0, 0.0, -0.0, 1.0], np.float16)
+    one_up = np.nextafter(a[0], np.float16(2))
+    b = np.array([one_up, np.float16(6e-8), np.float16(-6e-8), 2.0], np.float16)
+    assert ulp_histogram(a, b) == {"1": 0.75, ">8": 0.25}

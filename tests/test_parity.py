@@ -1,0 +1,130 @@
+"""Every problem on every ci workload, in both languages, against float64."""
+
+import array_api_compat.numpy as xp
+import numpy as np
+import pytest
+
+from parity.check import check
+from parity.frameworks import twin
+from parity.frameworks.torch import draw
+from parity.problems import PROBLEMS
+from parity.spec import Arithmetic
+
+CI = [(p, w) for p in PROBLEMS for w in p.workloads if "ci" in w.tags]
+CASES = pytest.mark.parametrize(("problem", "work"), CI, ids=[f"{p.stem}-{w.name}" for p, w in CI])
+FIRST = pytest.mark.parametrize(
+    ("problem", "work"),
+    [next(pw for pw in CI if pw[0] is p) for p in PROBLEMS],
+    ids=[p.stem for p in PROBLEMS],
+)
+
+
+@CASES
+def test_both_twins_are_right(problem, work):
+    rows = check(problem, work)
+    assert {(row.which, row.impl) for row in rows} == {
+        (which, impl) for which in work.passes for impl in ("triton", "pallas")
+    }
+    assert [
+        f"{row.impl} {row.which}: {row.reason} {row.detail}" for row in rows if not row.ok
+    ] == []
+
+
+def _arrays(problem, work):
+    arrays = draw({**problem.inputs(work), **problem.cotangents(work)}, seed=3)
+    inputs = [arrays[n] for n in problem.inputs(work)]
+    return inputs, [arrays[n] for n in problem.cotangents(work)]
+
+
+@CASES
+def test_one_twins_residuals_feed_the_others_backward(problem, work):
+    """`res` means the same in both languages: fed with the same residuals, the backwards agree."""
+    inputs, cotangents = _arrays(problem, work)
+    options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
+    grads = {}
+    for name, other in (("triton", "pallas"), ("pallas", "triton")):
+        ours, theirs = twin(name), twin(other)
+        fwd = theirs.load(problem.implementations[other]).fwd
+        _, res = theirs.run(fwd, [theirs.native(x) for x in inputs], work.options)
+        res = tuple(ours.native(np.array(theirs.harness(x))) for x in res)
+        bwd = ours.load(problem.implementations[name]).bwd
+        out = ours.run(bwd, [res, *(ours.native(x) for x in cotangents)], options)
+        grads[name] = [ours.harness(x).astype(np.float64) for x in out]
+    for a, b, spec in zip(*grads.values(), problem.grads(work).values(), strict=True):
+        apart = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert apart < (1e-5 if spec.dtype == "float32" else 1e-3)
+
+
+class _Smooth(Arithmetic):
+    """The truth without the rounding of h, which would make the oracle a staircase."""
+
+    def rounded(self, x, dtype):
+        return x
+
+
+@CASES
+def test_directional_derivatives_of_the_oracle_agree_with_oracle_bwd(problem, work):
+    """oracle_bwd is itself proved: <grad, v> = d/dt oracle(x + t v) . cotangent, in float64."""
+    rng = np.random.default_rng(5)
+    inputs, cotangents = (
+        {n: d.draw(rng) for n, d in f(work).items()} for f in (problem.inputs, problem.cotangents)
+    )
+    smooth = {n for n, x in inputs.items() if x.dtype != bool}
+    inputs = {n: x.astype(np.float64) if n in smooth else x for n, x in inputs.items()}
+    cotangents = {n: x.astype(np.float64) for n, x in cotangents.items()}
+    ar = _Smooth(xp, "float64", rounds=False)
+    grads = dict(
+        zip(problem.grads(work), problem.oracle_bwd(ar, work, **inputs, **cotangents), strict=True)
+    )
+
+    def value(**moved):
+        outs = problem.oracle(ar, work, **{**inputs, **moved})
+        return sum(float((o * c).sum()) for o, c in zip(outs, cotangents.values(), strict=True))
+
+    for name in sorted(smooth):
+        direction = rng.standard_normal(inputs[name].shape)
+        step = 1e-5
+        slope = (
+            value(**{name: inputs[name] + step * direction})
+            - value(**{name: inputs[name] - step * direction})
+        ) / (2 * step)
+        expected = float((grads["d" + name] * direction).sum())
+        assert slope == pytest.approx(
+            expected, rel=1e-5, abs=1e-6 * np.linalg.norm(grads["d" + name])
+        )
+
+
+@FIRST
+def test_autograd_through_the_public_function_is_the_backward(problem, work):
+    torch_side = twin("triton")
+    inputs, cotangents = _arrays(problem, work)
+    kernel = torch_side.load(problem.implementations["triton"])
+    leaves = [torch_side.native(x.copy()).requires_grad_() for x in inputs]
+    out = kernel.public(*leaves, **work.options)
+    out.backward(*(torch_side.native(x) for x in cotangents))
+    _, res = kernel.fwd(*(x.detach() for x in leaves), **work.options)
+    options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
+    expected = kernel.bwd(res, *(torch_side.native(x) for x in cotangents), **options)
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert torch_side.same_bits(leaf.grad, grad.to(leaf.dtype))
+
+
+@FIRST
+def test_vjp_through_the_public_function_is_the_backward(problem, work):
+    import jax
+
+    jax_side = twin("pallas")
+    inputs, cotangents = _arrays(problem, work)
+    inputs, cotangents = ([jax_side.native(x) for x in xs] for xs in (inputs, cotangents))
+    kernel = jax_side.load(problem.implementations["pallas"])
+
+    def both(*args):
+        _, pull = jax.vjp(lambda *xs: kernel.public(*xs, **work.options), *args)
+        options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
+        return pull(*cotangents), kernel.bwd(
+            kernel.fwd(*args, **work.options)[1], *cotangents, **options
+        )
+
+    got, expected = jax_side.run(both, inputs, {})
+    for a, b in zip(got, expected, strict=True):
+        assert jax_side.same_bits(a, b.astype(a.dtype))
