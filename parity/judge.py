@@ -136,7 +136,7 @@ def judge(
     # fair rounding leans by about e* / sqrt(elements), truncation by about e*
     bias_bound = yardstick * (0.25 + 8 / math.sqrt(math.prod(spec.shape))) + FLOOR
 
-    fails = ""
+    fails = detail = ""
     if e > bound:
         fails = "norm"
         detail = f"{output}: error {e:.3g} exceeds {bound:.3g} (the model's own is {yardstick:.3g})"

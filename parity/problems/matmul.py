@@ -100,7 +100,7 @@ def reduction(work: Workload, name: str) -> int:
 
 PROBLEM = Problem(
     stem="matmul",
-    doc=__doc__,
+    doc=__doc__ or "",
     family="gemm",
     workloads=WORKLOADS,
     inputs=inputs,

@@ -126,7 +126,7 @@ def reduction(work: Workload, name: str) -> int:
 
 PROBLEM = Problem(
     stem="rms_norm",
-    doc=__doc__,
+    doc=__doc__ or "",
     family="norm",
     workloads=WORKLOADS,
     inputs=inputs,

@@ -110,7 +110,7 @@ def reduction(work: Workload, name: str) -> int:
 
 PROBLEM = Problem(
     stem="softmax",
-    doc=__doc__,
+    doc=__doc__ or "",
     family="norm",
     workloads=WORKLOADS,
     inputs=inputs,
