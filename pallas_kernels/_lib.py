@@ -108,13 +108,14 @@ def check_static(name: str, value: Any, types: tuple[type, ...]) -> None:
 
 
 def row_pieces(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays of one shape [..., N] as [..., N / piece, piece]: the same memory, in short pieces.
+    """Arrays [..., N] of one N as [..., N / piece, piece]: the same memory, in short pieces.
 
     One TMA copy reaches at most 256 elements along a dimension, and longer along two. A piece is
     what a warp or a part of it reads at once, 16 bytes a lane: the widest power of two that divides
-    N, up to 512 bytes. Rows that have none of 64 elements or more are padded to the widest first.
+    N, up to 512 bytes of the first array. Rows that have none of 64 elements or more are padded to
+    the widest first.
     """
-    widest = 32 * 128 // max(bits(x.dtype) for x in arrays)
+    widest = 32 * 128 // bits(arrays[0].dtype)
     if arrays[0].shape[-1] % 64:
         arrays = tuple(pad(x, widest) for x in arrays)
     columns = arrays[0].shape[-1]

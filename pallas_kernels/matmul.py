@@ -262,7 +262,8 @@ def _product(
         thread_name="wg",
         kernel_name="matmul_kernel",
     )
-    return kernel(_lib.pad(a, 8, 64), _lib.pad(b, 8, 64))[:, :N]
+    c = kernel(_lib.pad(a, 8, 64), _lib.pad(b, 8, 64))[:, :N]
+    return _lib.vary_alike(c, a)[0]
 
 
 def matmul_fwd(
@@ -335,4 +336,4 @@ def matmul(
             f"out_dtype: expected {jnp.dtype(a.dtype).name} or float32, got {out_dtype.name}"
         )
     _lib.check_config(config, Config)
-    return _matmul(a, b, out_dtype, config)
+    return _matmul(*_lib.vary_alike(a, b), out_dtype, config)

@@ -10,12 +10,14 @@ and `install` adds:
     atomics             plgpu.atomic_*: a read and a write, not one step
     dependent_launch    griddepcontrol: nothing to wait for
     wgmma_races         the race detector sees what wgmma reads, and that it reads until wgmma_wait
+    (several devices)   under shard_map: none checks for left-over barriers before all are done
 
-The last one matters most: wgmma runs on after the instruction is issued, so a slot of shared memory
-that is released before wgmma_wait is refilled under the tensor core's eyes. Each wgmma gets its own
-entry in a vector clock, which its warpgroup learns by waiting.
+The race detector's part matters most: wgmma runs on after the instruction is issued, so a slot of
+shared memory that is released before wgmma_wait is refilled under the tensor core's eyes. Each
+wgmma gets its own entry in a vector clock, which its warpgroup learns by waiting.
 
-`probes` says which of these gaps the stock interpreter of the installed JAX still has.
+`probes` says which of these gaps the stock interpreter of the installed JAX still has (all but the
+one that takes several devices to see).
 """
 
 import contextlib
@@ -71,7 +73,10 @@ _PRIVATE = {
         ),
     ),
     "interpret": (f"{_ROOT}.interpret.jaxpr_interpret", ("JaxprInterpreter", "resolve_ref")),
-    "memory": (f"{_ROOT}.interpret.shared_memory", ("get_memory_space_idx",)),
+    "memory": (
+        f"{_ROOT}.interpret.shared_memory",
+        ("GPUSharedMemory", "get_memory_space_idx"),
+    ),
     "gpu_races": (f"{_ROOT}.interpret.race_detection_state", ("GPURaceDetectionState",)),
     "races": (
         "jax._src.pallas.mosaic.interpret.race_detection_state",
@@ -97,10 +102,14 @@ def _jax() -> SimpleNamespace:
         for name in names:
             if not hasattr(modules[short], name):
                 raise RuntimeError(_gone(f"{path}.{name}"))
-    interpreter = modules["interpret"].JaxprInterpreter
-    for name in ("interpret", "_interpret_copy_smem_to_gmem_p"):
-        if not hasattr(interpreter, name):
-            raise RuntimeError(_gone(f"JaxprInterpreter.{name}"))
+    methods = {
+        modules["interpret"].JaxprInterpreter: ("interpret", "_interpret_copy_smem_to_gmem_p"),
+        modules["memory"].GPUSharedMemory: ("assert_no_barriers_allocated",),
+    }
+    for cls, names in methods.items():
+        for name in names:
+            if not hasattr(cls, name):
+                raise RuntimeError(_gone(f"{cls.__name__}.{name}"))
     return SimpleNamespace(**modules)
 
 
@@ -115,10 +124,11 @@ def _gone(name: str) -> str:
 def _stock() -> dict[tuple[Any, str], Any]:
     """The interpreter's own functions that `install` replaces, by owner and name."""
     J = _jax()
-    interpreter = J.interpret.JaxprInterpreter
+    interpreter, shared = J.interpret.JaxprInterpreter, J.memory.GPUSharedMemory
     return {
         (interpreter, "interpret"): interpreter.interpret,
         (interpreter, "_interpret_copy_smem_to_gmem_p"): interpreter._interpret_copy_smem_to_gmem_p,
+        (shared, "assert_no_barriers_allocated"): shared.assert_no_barriers_allocated,
         (J.calls, "wgmma"): J.calls.wgmma,
         (J.calls, "wgmma_accumulator_deref"): J.calls.wgmma_accumulator_deref,
     }
@@ -132,6 +142,7 @@ def _replacements() -> dict[tuple[Any, str], Any]:
     return {
         (interpreter, "interpret"): _interpret,
         (interpreter, "_interpret_copy_smem_to_gmem_p"): _copy_smem_to_gmem,
+        (J.memory.GPUSharedMemory, "assert_no_barriers_allocated"): _assert_no_barriers_allocated,
         (J.calls, "wgmma"): guard(_wgmma),
         (J.calls, "wgmma_accumulator_deref"): guard(_wgmma_accumulator_deref),
     }
@@ -388,6 +399,7 @@ def _interpret(self: Any, jaxpr: Any, token: Any, *args: Any) -> tuple[Any, list
     def value(var: Any) -> Any:
         return var.val if isinstance(var, core.Literal) else values[var]
 
+    unnamed = jaxpr.debug_info.with_unknown_names()
     for eqn in jaxpr.eqns:
         targets = [var for var in eqn.outvars if not isinstance(var, core.DropVar)]
         if rule := _rule(eqn):
@@ -400,7 +412,7 @@ def _interpret(self: Any, jaxpr: Any, token: Any, *args: Any) -> tuple[Any, list
         else:
             sources = [var for var in eqn.invars if not isinstance(var, core.Literal)]
             sources = list(dict.fromkeys(sources))
-            one = core.Jaxpr([], sources, targets, [eqn], core.no_effects)
+            one = core.Jaxpr([], sources, targets, [eqn], core.no_effects, unnamed)
             token, outputs = stock(self, one, token, *map(value, sources))
             values.update(zip(targets, outputs, strict=True))
     return token, [value(var) for var in jaxpr.outvars]
@@ -413,11 +425,16 @@ def _copy_smem_to_gmem(
     copy = functools.partial(stock, self, eqn, has_user_predicate=False, **params)
     if not has_user_predicate:
         return copy(token, *values)
-    *values, predicate = values
-    return lax.cond(predicate, lambda t: copy(t, *values)[0], lambda t: t, token), []
+    *rest, predicate = values
+    return lax.cond(predicate, lambda t: copy(t, *rest)[0], lambda t: t, token), []
 
 
 # Callbacks: they run in the host process, on the interpreter's model of memory.
+
+
+def _assert_no_barriers_allocated(shared: Any) -> None:
+    shared.barrier.wait()  # of all devices; a failing one aborts it
+    _stock()[type(shared), "assert_no_barriers_allocated"](shared)
 
 
 def _in_flight(shared: Any, thread: Any) -> list:
