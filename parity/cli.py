@@ -2,8 +2,8 @@
 
 Exit codes: 0 all is well, 1 a check failed (or a gate, or a comparison), 2 the command was not
 understood, 3 this machine cannot do it, 130 interrupted. Every command says what its numbers mean
-before it prints them; with --json it prints one JSON value on stdout and nothing else. Progress goes
-to stderr.
+before it prints them; with --json it prints one JSON value on stdout and nothing else. Progress
+goes to stderr.
 
 `parity list` answers in under 0.3 s with no framework installed: argparse and not typer, and every
 import in the function that needs it (NumPy, which the problems need, takes half of that time).
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PASS, FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 TWINS = ("triton", "pallas")
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "report" / "index.html"
 
 
 class Stop(Exception):
@@ -130,7 +131,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--timeout",
         type=_positive,
         metavar="SECONDS",
-        help="for one workload (default: 120 with --impl, else none)",
+        help="for one workload (default: 120 with --impl, else 300, on a GPU 600)",
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="processes (default: 2 on a CPU)")
 
@@ -151,7 +152,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--html",
         nargs="?",
         type=Path,
-        const=Path("report/index.html"),
+        const=PAGE,
         metavar="FILE",
         help="write one self-contained page (default: report/index.html)",
     )
@@ -411,6 +412,10 @@ _NOT_ON_A_CPU = (
 )
 
 
+def _skipped(p: "Problem", w: "Workload") -> dict[str, str]:
+    return {"problem": p.stem, "workload": w.name, "why": _NOT_ON_A_CPU}
+
+
 def _judged(
     selection: "Sequence[tuple[Problem, Workload]]",
     *,
@@ -429,7 +434,7 @@ def _judged(
     jobs, skipped = [], []
     for p, w in selection:
         if mode == "cpu" and "ci" not in w.tags:
-            skipped.append({"problem": p.stem, "workload": w.name, "why": _NOT_ON_A_CPU})
+            skipped.append(_skipped(p, w))
             continue
         targets = dict(impls or {twin: p.implementations[twin] for twin in twins})
         skipped += [
@@ -491,16 +496,12 @@ def _check(args: argparse.Namespace) -> int:
         twins=(args.twin,) if args.twin else TWINS,
         impls=impls,
         seed=args.seed,
-        timeout=args.timeout or (120.0 if impls else None),
+        timeout=args.timeout or (120.0 if impls else 300.0 if mode == "cpu" else 600.0),
         workers=args.jobs,
     )
     if mode == "cpu" and not args.workload:  # what the default leaves out is said, not hidden
-        skipped += [
-            {"problem": p.stem, "workload": w.name, "why": _NOT_ON_A_CPU}
-            for p in _problems(args.stems)
-            for w in p.workloads
-            if "ci" not in w.tags
-        ]
+        everything = [(p, w) for p in _problems(args.stems) for w in p.workloads]
+        skipped += [_skipped(p, w) for p, w in everything if "ci" not in w.tags]
     ok = all(row["ok"] for row in rows)
     if args.json:
         _print_json(
@@ -539,25 +540,432 @@ def _show_checks(rows: list[dict], skipped: list[dict], mode: str, seconds: floa
         )
 
 
-def _compile(args):
-    raise Stop(3, "soon")
+# parity compile
 
 
-def _bench(args):
-    raise Stop(3, "soon")
+def _compile(args: argparse.Namespace) -> int:
+    rows, skipped = _gated(
+        _selected(args, ("model",)),
+        twins=(args.twin,) if args.twin else TWINS,
+        impls=_implementations(args),
+        sass=True if args.sass else None,
+    )
+    ok = not any(row["status"] == "fail" for row in rows)
+    if args.json:
+        _print_json({"ok": ok, "kernels": rows, "not_run": skipped})
+    else:
+        _show_compiles(rows, skipped)
+    return PASS if ok else FAILED
 
 
-def _report(args):
-    raise Stop(3, "soon")
+def _gated(
+    selection: "Sequence[tuple[Problem, Workload]]",
+    *,
+    twins: Sequence[str] = TWINS,
+    impls: dict[str, str] | None = None,
+    sass: bool | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Runs the compile gate: (rows, what was not run and why)."""
+    from parity import report
+    from parity.compile import compile_gate
+
+    able = _runnable(tuple(impls or twins), "cpu")
+    chosen = [twin for twin in (impls or twins) if not able[twin]]
+    skipped = [{"twin": twin, "why": why} for twin, why in able.items() if why]
+    by_problem: dict[str, list[str]] = {}
+    for p, w in selection:
+        by_problem.setdefault(p.stem, []).append(w.name)
+    rows: list[dict[str, Any]] = []
+    total = sum(map(len, by_problem.values())) * len(chosen)
+    with _progress(total, "compile") as tell:
+        for p in _problems(list(by_problem)) if by_problem else ():
+            before = len(by_problem) and sum(
+                len(by_problem[stem]) for stem in list(by_problem)[: list(by_problem).index(p.stem)]
+            ) * len(chosen)  # fmt: skip
+            try:
+                found = compile_gate(
+                    [p],
+                    workloads=by_problem[p.stem],
+                    twins=chosen,
+                    implementations=impls,
+                    sass=sass,
+                    progress=lambda done, _, what, before=before: tell(what, before + done),
+                )
+            except FileNotFoundError as e:
+                raise Stop(ENVIRONMENT, str(e)) from None
+            fresh = [row.to_json() for row in found]
+            if impls is None:
+                targets = {(p.stem, twin): p.implementations[twin] for twin in chosen}
+                report.keep_compiles(fresh, targets)
+            rows += fresh
+    return rows, skipped
 
 
-def _diff(args):
-    raise Stop(3, "soon")
+def _show_compiles(rows: list[dict], skipped: list[dict], *, only_failures: bool = False) -> None:
+    from parity import report
+
+    console = _console()
+    console.print(report.sentence_of_compiles(rows))
+    bad = [row for row in rows if row["status"] == "fail"]
+    shown = bad if only_failures else rows
+    if shown:
+        console.print(report.compile_table(shown, console.width))
+    for row in bad:
+        place = f"{row['problem']} {row['workload']} {row['pass']} {row['twin']} {row['kernel']}"
+        console.print(f"{place}: {row['message']}", markup=False)
+    for item in skipped:
+        console.print(f"Not compiled: {item['twin']} ({item['why']}).", markup=False)
 
 
-def _doctor(args):
-    raise Stop(3, "soon")
+# parity bench
 
 
-def _all(args):
-    raise Stop(3, "soon")
+def _bench(args: argparse.Namespace) -> int:
+    impls = _implementations(args)
+    selection = _selected(args, ("model",))
+    if not args.workload:
+        selection = [(p, w) for p, w in selection if _worth_timing(w)]
+    if any("ci" in w.tags for _, w in selection):
+        raise Stop(USAGE, "ci workloads are too small to be timed; choose model ones")
+    rows, left = _timed(
+        selection,
+        twins=(args.twin,) if args.twin else TWINS,
+        impls=impls,
+        out=args.out,
+        resume=args.resume,
+        budget=args.budget,
+        rounds=args.rounds,
+        peers=not args.no_peers,
+    )
+    red = any(row["check"].startswith("fail") for row in rows)
+    if args.json:
+        _print_json({"ok": not red, "rows": rows, "left": left})
+    else:
+        _show_bench(rows, left)
+    return FAILED if red else PASS
+
+
+def _needs_hopper() -> None:
+    from parity import doctor
+
+    machine = doctor.machine()
+    if not machine.hopper:
+        here = machine.gpu.name if machine.gpu else machine.problem
+        raise Stop(ENVIRONMENT, f"timing needs a Hopper GPU, and here is none: {here}")
+
+
+def _timed(
+    selection: "Sequence[tuple[Problem, Workload]]",
+    *,
+    twins: Sequence[str] = TWINS,
+    impls: dict[str, str] | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    budget: float | None = None,
+    rounds: int | None = None,
+    peers: bool = True,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measures and records: (new rows, the steps that the budget did not reach)."""
+    _needs_hopper()
+    _runnable(tuple(impls or twins), "gpu")
+    from parity import frameworks, report
+    from parity.bench import Campaign, Machine
+    from parity.device import WarmCache
+    from parity.timing import NothingSeen
+
+    frameworks.gpu()
+    if impls is not None:  # someone's own kernel never lands among the twins' records
+        out = out or report.LOCAL / "bench-impl.jsonl"
+    end = None if budget is None else time.monotonic() + budget
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
+    by_problem: dict[str, list[tuple[Any, Any]]] = {}
+    for p, w in selection:
+        by_problem.setdefault(p.stem, []).append((p, w))
+    total = sum(len(w.passes) for _, w in selection)
+    done = 0
+    with _progress(total, "bench") as tell:
+        try:
+            machine = Machine.here()
+            for pairs in by_problem.values():
+                p = pairs[0][0]
+                how: dict[str, Any] = {"peers": peers, "progress": tell}
+                how["impls"] = impls or {twin: p.implementations[twin] for twin in twins}
+                if rounds:
+                    how["rounds"] = rounds
+                campaign = Campaign(
+                    pairs,
+                    out=out,
+                    resume=resume,
+                    budget=None if end is None else max(0.0, end - time.monotonic()),
+                    machine=machine,
+                    **how,
+                )
+                done += len(campaign.standing)
+                remaining = len(campaign.left)
+                for row in campaign:
+                    rows.append(row)
+                    finished = remaining - len(campaign.left)
+                    tell(f"{row['problem']} {row['workload']} {row['pass']}", done + finished)
+                done += remaining
+                left += [f"{s.problem.stem} {s.work.name} {s.which}" for s in campaign.left]
+        except (NothingSeen, WarmCache) as e:
+            raise Stop(ENVIRONMENT, f"nothing can be timed here: {e} (`parity doctor`)") from None
+    return rows, left
+
+
+def _show_bench(rows: list[dict], left: list[str]) -> None:
+    from parity import report
+
+    console = _console()
+    lines = report.lines_of(rows)
+    if lines:
+        console.print(report.sentence_of_lines(lines))
+        console.print(report.bench_table(lines, console.width))
+    else:
+        console.print("Nothing was left to measure." if not left else "Nothing was measured.")
+    for row in rows:
+        if row.get("note"):
+            name = f"{row['workload']} {row['pass']} {row['impl']}"
+            console.print(f"Not timed: {name}: {row['note']}", markup=False)
+    if left:
+        console.print(
+            f"The budget is spent; {len(left)} are left, first {left[0]}: "
+            "`parity bench --resume` goes on.",
+            markup=False,
+        )
+
+
+# parity report
+
+
+def _report(args: argparse.Namespace) -> int:
+    from parity import report
+
+    if args.check and not args.readme:
+        raise Stop(USAGE, "--check goes with --readme")
+    results = report.Results.here()
+    for name, line, why in results.refused:
+        print(f"parity: {name}:{line} refused: {why}; the good rows are kept", file=sys.stderr)
+    said: dict[str, Any] = {"ok": True, "refused": [list(r) for r in results.refused]}
+    if args.readme:
+        said |= _readme(results, only_check=args.check)
+    if args.html is not None:
+        with _progress(1, "report") as tell:
+            tell("drawing")
+            page = report.html(results)
+            report.replace_text(args.html, page)
+            tell(f"{args.html}", 1)
+        said["html"] = str(args.html.resolve())
+    if args.json:
+        said["records"] = [row for rows in results.records.values() for row in rows.values()]
+        said["checks"] = list(results.checks)
+        said["kernels"] = list(results.compiles)
+        said["coverage"] = [
+            {
+                "problem": p.stem,
+                "workload": w.name,
+                "pass": which,
+                "dtype": w.dtype,
+                "twins": {twin: {"state": c.state, "text": c.text} for twin, c in cells.items()},
+            }
+            for p, w, which, cells in results.coverage()
+        ]
+        _print_json(said)
+        return PASS if said["ok"] else FAILED
+    console = _console()
+    if args.readme:
+        console.print(said["readme"], markup=False)
+    if args.html is not None:
+        console.print(f"The report is in {said['html']}", markup=False, soft_wrap=True)
+    if args.coverage:
+        console.print(report.sentence_of_coverage(results))
+        console.print(report.coverage_table(results, console.width))
+        console.print(report.COVERAGE_LEGEND, markup=False)
+    elif not args.readme and args.html is None:
+        _show_report(results)
+    return PASS if said["ok"] else FAILED
+
+
+def _readme(results: Any, *, only_check: bool) -> dict[str, Any]:
+    from parity import report
+
+    try:
+        text = report.README.read_text()
+        fresh = report.render_readme(text, results)
+    except (OSError, ValueError) as e:
+        raise Stop(ENVIRONMENT, f"{report.README}: {e}") from None
+    if fresh == text:
+        return {"readme": "README.md's table is what the records say."}
+    if only_check:
+        stale = "README.md's table is stale: `parity report --readme` renders it again."
+        return {"ok": False, "readme": stale}
+    report.replace_text(report.README, fresh)
+    return {"readme": "README.md's table was rendered again."}
+
+
+def _show_report(results: Any) -> None:
+    from parity import report
+
+    console = _console()
+    if not results.records:
+        console.print("No committed records: nothing has been timed on a Hopper GPU yet.")
+    for device in results.records:
+        lines = list(results.lines(device))
+        console.print(f"[bold]{report.escape(device)}[/]: {report.sentence_of_lines(lines)}")
+        console.print(report.bench_table(lines, console.width))
+    for mode in ("gpu", "cpu"):
+        rows = [row for row in results.checks if row["device"] == mode]
+        if rows:
+            console.print(f"Checked here last: {report.sentence_of_checks(rows, mode)}")
+    if results.compiles:
+        console.print(f"Compiled here last: {report.sentence_of_compiles(results.compiles)}")
+    console.print(report.sentence_of_coverage(results) + " `parity report --coverage` shows them.")
+
+
+# parity diff
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from parity import record, report
+
+    files = []
+    for path in (args.old, args.new):
+        if not path.is_file():
+            beside = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
+            near = _nearest(path.name, beside) if beside else ""
+            raise Stop(USAGE, f"no file {str(path)!r}{near if near.startswith(';') else ''}")
+        found = record.read(path)
+        for refused in found.refused:
+            print(f"parity: {path}:{refused.line} refused: {refused.why}", file=sys.stderr)
+        files.append(found)
+    changes = report.changes(*files)
+    verdicts = [change.verdict for change in changes]
+    counts = {word: verdicts.count(word) for word in dict.fromkeys(verdicts)}
+    bad = counts.get("red", 0) + counts.get("SLOWER", 0)
+    failed = args.fail_on == "slower" and bad > 0
+    if args.json:
+        _print_json({"ok": not failed, "counts": counts, "changes": [c.to_json() for c in changes]})
+    else:
+        console = _console()
+        said = ", ".join(f"{n} {word.lower()}" for word, n in counts.items())
+        both = ", ".join(sorted({r["device"] for f in files for r in f.rows}))
+        console.print(f"{len(changes)} results compared: {said or 'none'} ({both}).")
+        if changes:
+            console.print(report.change_table(changes, console.width))
+    return FAILED if failed else PASS
+
+
+# parity doctor
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from parity import doctor
+
+    with _progress(doctor.STEPS, "doctor") as tell:
+        findings = doctor.examine(tell)
+    worst = doctor.worst(findings)
+    machine = doctor.machine()
+    if args.json:
+        _print_json(
+            {
+                "ok": worst != doctor.RED,
+                "worst": worst,
+                "machine": machine.to_json(),
+                "findings": [f.to_json() for f in findings],
+            }
+        )
+        return ENVIRONMENT if worst == doctor.RED else PASS
+    console = _console()
+    red = sum(f.colour == doctor.RED for f in findings)
+    able = "Nothing stands in the way."
+    if red:
+        able = f"[bold red]{red} thing{'s stand' if red > 1 else ' stands'} in the way.[/]"
+    console.print(f"{able} {machine.sentence()}\n")
+    from rich.table import Table
+
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(max_width=18, overflow="fold")
+    lines.add_column(overflow="fold")
+    for f in findings:
+        do = f"\n-> {doctor.escape(f.do)}" if f.do else ""
+        lines.add_row(f"[{f.colour}]{f.colour}[/]", f.name, doctor.escape(f.says) + do)
+    console.print(lines)
+    return ENVIRONMENT if red else PASS
+
+
+# parity all
+
+
+def _all(args: argparse.Namespace) -> int:
+    """Check, compile gate, bench where a Hopper GPU is, HTML report; the worst exit code."""
+    from parity import doctor, report
+
+    console = _console()
+    codes: list[int] = []
+    said: dict[str, Any] = {}
+
+    def part(name: str, run: Callable[[], bool]) -> None:
+        if not args.json:
+            console.print(f"\n[bold]{name}[/]")
+        try:
+            codes.append(PASS if run() else FAILED)
+        except Stop as stop:
+            codes.append(stop.code)
+            said[name] = {"error": str(stop)}
+            print(f"parity: {name}: {stop}", file=sys.stderr)
+
+    def check() -> bool:
+        mode = _mode(args.device)
+        tags = {"ci"} if mode == "cpu" else {"ci", "model"}
+        everything = [(p, w) for p in _problems(()) for w in p.workloads]
+        began = time.perf_counter()
+        chosen = [(p, w) for p, w in everything if tags & {*w.tags}]
+        limit = 300.0 if mode == "cpu" else 600.0
+        rows, skipped = _judged(chosen, mode=mode, timeout=limit)
+        skipped += [_skipped(p, w) for p, w in everything if not tags & {*w.tags}]
+        said["check"] = {"checks": rows, "not_run": skipped}
+        if not args.json:
+            _show_checks(rows, skipped, mode, time.perf_counter() - began)
+        return all(row["ok"] for row in rows)
+
+    def gate() -> bool:
+        chosen = [(p, w) for p in _problems(()) for w in p.workloads if "model" in w.tags]
+        rows, skipped = _gated(chosen)
+        said["compile"] = {"kernels": rows, "not_run": skipped}
+        if not args.json:
+            _show_compiles(rows, skipped, only_failures=True)
+        return not any(row["status"] == "fail" for row in rows)
+
+    def bench() -> bool:
+        rows, left = _timed(
+            [(p, w) for p in _problems(()) for w in p.workloads if _worth_timing(w)],
+            resume=True,
+            budget=args.budget,
+        )
+        said["bench"] = {"rows": rows, "left": left}
+        if not args.json:
+            _show_bench(rows, left)
+        return not any(row["check"].startswith("fail") for row in rows)
+
+    def page() -> bool:
+        report.replace_text(PAGE, report.html(report.Results.here()))
+        said["html"] = str(PAGE)
+        if not args.json:
+            console.print(f"The report is in {PAGE}", markup=False, soft_wrap=True)
+        return True
+
+    part("check", check)
+    part("compile", gate)
+    if doctor.machine().hopper and args.device != "cpu":
+        part("bench", bench)
+    part("report", page)
+    code = next((c for c in (FAILED, ENVIRONMENT, USAGE) if c in codes), PASS)
+    if args.json:
+        _print_json({"ok": code == PASS, "exit": code} | said)
+    return code
+
+
+def _worth_timing(w: "Workload") -> bool:
+    return "model" in w.tags and "huge" not in w.tags

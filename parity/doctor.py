@@ -1,8 +1,8 @@
 """What this machine can run, and why not the rest. No framework is imported into this process.
 
-`machine()` asks the CUDA driver itself, through its C library: it takes milliseconds and says the same
-with and without torch. `examine()` adds versions, what shadows what, and child processes that try
-things out.
+`machine()` asks the CUDA driver itself, through its C library: it takes milliseconds and says the
+same with and without torch. `examine()` adds versions, what shadows what, and child processes that
+try things out.
 """
 
 import ctypes
@@ -363,12 +363,16 @@ from parity import frameworks
 frameworks.interpreters()
 import importlib
 module = importlib.import_module("parity.frameworks." + sys.argv[1] + "_interpreter")
-answer = [[p.name, bool(p.wrong), p.detail] for p in module.probes()]
+answer = []
+for probe in module.probes():
+    found = probe._asdict()
+    wrong = found["wrong"] if "wrong" in found else not found["ok"]
+    answer.append([found["name"], bool(wrong), found["detail"]])
 """
 
 
 def _probes(which: str) -> Iterator[Finding]:
-    """What an interpreter still gets wrong without saying so; a lie we know of is no fault."""
+    """What the stock interpreter gets wrong or lacks; what we know of, we refuse or fill."""
     name = f"{which} interpreter"
     if not all(
         installed(d) for d in (("torch", "triton") if which == "triton" else ("jax", "torch"))
@@ -380,14 +384,13 @@ def _probes(which: str) -> Iterator[Finding]:
         do = "`parity check --device cpu` cannot work until this does"
         yield Finding(name, RED, f"does not run: {why}", do)
         return
-    wrong = [f"{probe} ({detail})" for probe, lies, detail in answer if lies]
+    wrong = [f"{probe} ({detail.rstrip('.')})" for probe, lies, detail in answer if lies]
     right = [probe for probe, lies, _ in answer if not lies]
-    says = f"{len(answer)} probes run"
-    if wrong:
-        says += f"; known to be wrong, and kept away from: {'; '.join(wrong)}"
+    says = [f"runs. As it comes, still wrong or missing: {'; '.join(wrong)}"] if wrong else ["runs"]
     if right:
-        says += f"; right: {', '.join(right)}"
-    yield Finding(name, GREEN, says, "docs/silent-lies.md has each of them" if wrong else "")
+        says.append(f"right: {', '.join(right)}")
+    do = "docs/silent-lies.md says what the harness does about each"
+    yield Finding(name, GREEN, ". ".join(says), do if wrong else "")
 
 
 _PROFILER = """
@@ -449,6 +452,12 @@ def _tools() -> Iterator[Finding]:
     else:
         says = "the Pallas half of the compile gate lowers, but stops before ptxas"
         yield Finding("ptxas for Pallas", YELLOW, says, "`make sass` builds the environment for it")
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
 
 
 def worst(findings: Sequence[Finding]) -> str:

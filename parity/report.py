@@ -1,23 +1,34 @@
 """What was found, as terminal tables, as one self-contained page, and as README's table.
 
-It reads three things: committed records (parity/records/<device>/*.jsonl), this machine's latest checks
-and compile rows (.cache/results), and the problems themselves. It runs nothing and imports no
-framework.
+It reads three things: committed records (parity/records/<device>/*.jsonl), this machine's latest
+checks and compile rows (.cache/results), and the problems themselves. It runs nothing and imports
+no framework.
 """
 
-import datetime
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from parity import record, timing
+from parity.record import Row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from parity.spec import Problem, Workload
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / ".cache" / "results"  # the latest results of this machine; never committed
+README = ROOT / "README.md"
+BEGIN, END = "<!-- parity:records -->", "<!-- /parity:records -->"
+TWINS = ("triton", "pallas")
+NAMES = {"triton": "Triton", "pallas": "Pallas"}
 
 
 # Results of this machine: one JSON object a line as they come, the last row of a key standing.
@@ -25,58 +36,51 @@ LOCAL = ROOT / ".cache" / "results"  # the latest results of this machine; never
 
 def keep_checks(rows: Iterable[Mapping[str, Any]], mode: str, impls: Mapping[str, str]) -> None:
     """Remembers rows of `Check.to_json()` with the sources they were true of."""
-    from parity.workers import finite
+    now = record.now()
+    kept = [{**row, "device": mode, "when": now, "source": source_of(impls[row["impl"]])}
+            for row in rows]  # fmt: skip
+    _append(LOCAL / f"check-{mode}.jsonl", kept)
 
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+def keep_compiles(rows: Iterable[Mapping[str, Any]], impls: Mapping[tuple[str, str], str]) -> None:
+    """Remembers rows of `CompileRow.to_json()`; `impls` maps (problem, twin) to its target."""
+    now = record.now()
     _append(
-        LOCAL / f"check-{mode}.jsonl",
+        LOCAL / "compile.jsonl",
         [
-            finite({**row, "device": mode, "when": now, "source": source_of(impls[row["impl"]])})
+            {**row, "when": now, "source": source_of(impls[row["problem"], row["twin"]])}
             for row in rows
         ],
     )
 
 
-def kept_checks() -> list[dict[str, Any]]:
-    """The latest check of each device, problem, workload, pass and twin."""
-    rows: dict[tuple, dict[str, Any]] = {}
-    for mode in ("cpu", "gpu"):
-        for row in _lines(LOCAL / f"check-{mode}.jsonl"):
-            key = tuple(row.get(k) for k in ("device", "problem", "workload", "which", "impl"))
-            rows[key] = row
-    return list(rows.values())
-
-
 def source_of(target: str) -> str:
-    """A short hash of every file of the checkout that an implementation is made of."""
-    import hashlib
-
+    """Twelve hex digits of every file of the checkout that an implementation is made of."""
     from parity.compile import sources
 
-    digest = hashlib.sha256()
-    for file in sorted(sources(target)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return record.hashed(b"".join(file.read_bytes() for file in sorted(sources(target))))
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from parity.workers import finite
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(json.dumps(finite(row), default=str) + "\n" for row in rows))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of our own; a line cut short by a kill is passed over."""
-    rows = []
+def _kept(path: Path, key: Sequence[str]) -> list[Row]:
+    """The standing rows of a file of our own; a line cut short by a kill is passed over."""
+    standing: dict[tuple, Row] = {}
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
+            if isinstance(row, dict) and all(k in row for k in key):
+                standing[tuple(row[k] for k in key)] = row
+    return list(standing.values())
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -84,78 +88,655 @@ def replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
         part.write(text)
-    os.chmod(part.name, 0o644)
+    os.chmod(part.name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
     os.replace(part.name, path)
 
 
-# Checks.
+# All that is known.
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One twin on one pass of one workload, in the coverage table."""
+
+    state: str  # "timed", "green", "red", "stale" or "missing"
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One pass of one workload on one device: what everybody took."""
+
+    problem: str
+    workload: str
+    which: str
+    rows: Mapping[str, Row]  # by impl
+
+    def us(self, impl: str) -> timing.Interval | None:
+        row = self.rows.get(impl)
+        return timing.Interval.from_json(row["us"]) if row and row["us"] else None
+
+    @cached_property
+    def best_peer(self) -> str | None:
+        """The fastest peer of this pass."""
+        timed = {impl: us.p50 for impl in self.rows
+                 if impl.startswith("peer:") and (us := self.us(impl))}  # fmt: skip
+        return min(timed, key=lambda impl: timed[impl], default=None)
+
+    def versus_peer(self, impl: str) -> tuple[float, str] | None:
+        """(the best peer's time over ours, FASTER and so on); above 1 we are faster."""
+        ours, peer = self.us(impl), self.us(self.best_peer) if self.best_peer else None
+        if ours is None or peer is None:
+            return None
+        return peer.p50 / ours.p50, timing.verdict(ours, peer)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Records by device, and what this machine found last."""
+
+    records: Mapping[str, Mapping[record.Key, Row]]
+    refused: tuple[tuple[str, int, str], ...]  # file, line, why
+    checks: tuple[Row, ...]
+    compiles: tuple[Row, ...]
+    problems: "tuple[Problem, ...]"
+
+    @staticmethod
+    def here(root: Path = record.RECORDS, local: Path | None = None) -> "Results":
+        from parity.problems import PROBLEMS
+
+        local = local or LOCAL
+        records: dict[str, dict[record.Key, Row]] = {}
+        refused = []
+        for path in sorted(root.glob("*/*.jsonl")):
+            found = record.read(path)
+            name = str(path.relative_to(root.parent))
+            refused += [(name, r.line, r.why) for r in found.refused]
+            for key, row in found.latest.items():
+                records.setdefault(row["device"], {})[key] = row
+        key = ("device", "problem", "workload", "which", "impl")
+        checks = [
+            row for mode in ("cpu", "gpu") for row in _kept(local / f"check-{mode}.jsonl", key)
+        ]
+        key = ("problem", "workload", "pass", "twin", "kernel", "source")
+        compiles = _kept(local / "compile.jsonl", key)
+        latest = {(r["problem"], r["twin"]): r["source"] for r in compiles}
+        compiles = [r for r in compiles if latest[r["problem"], r["twin"]] == r["source"]]
+        return Results(records, tuple(refused), tuple(checks), tuple(compiles), PROBLEMS)
+
+    def lines(self, device: str) -> list[Line]:
+        """Every measured pass of a device, in the order of the problems."""
+        order = {(p.stem, w.name, which): i for i, (p, w, which) in enumerate(self._passes())}
+        lines = lines_of(self.records[device].values())
+        lines = [x for x in lines if (x.problem, x.workload, x.which) in order]
+        return sorted(lines, key=lambda x: order[x.problem, x.workload, x.which])
+
+    def _passes(self) -> Iterator[tuple["Problem", "Workload", str]]:
+        for p in self.problems:
+            for w in p.workloads:
+                for which in w.passes:
+                    yield p, w, which
+
+    def stale(self, row: Row) -> bool:
+        """Whether the kernel's file has changed since the row was measured."""
+        target = next(p for p in self.problems if p.stem == row["problem"]).implementations
+        return row["impl"] in target and row["source"] != self._file_hash(target[row["impl"]])
+
+    def _file_hash(self, target: str) -> str:
+        file = ROOT / (target.partition(":")[0].replace(".", "/") + ".py")
+        return record.source_hash(file) if file.is_file() else ""
+
+    def coverage(self) -> Iterator[tuple["Problem", "Workload", str, dict[str, Cell]]]:
+        """Every pass of every workload: what is known of each twin, or why nothing is."""
+        checks = {(r["device"], r["problem"], r["workload"], r["which"], r["impl"]): r
+                  for r in self.checks}  # fmt: skip
+        current = {(p.stem, twin): source_of(target)
+                   for p in self.problems
+                   for twin, target in p.implementations.items()}  # fmt: skip
+        for p, w, which in self._passes():
+            cells = {}
+            for twin in p.implementations:
+                key = (p.stem, w.name, which, w.dtype, twin)
+                measured = [r[key] for r in self.records.values() if key in r]
+                found = (checks.get((mode, p.stem, w.name, which, twin)) for mode in ("gpu", "cpu"))
+                checked = [row for row in found if row]
+                cells[twin] = self._cell(w, measured, checked, current[p.stem, twin])
+            yield p, w, which, cells
+
+    def _cell(self, w: "Workload", measured: list[Row], checked: list[Row], source: str) -> Cell:
+        for row in measured:
+            if row["check"].startswith("fail"):
+                return Cell("red", row["check"].replace(":", ": "))
+            if row["us"] and row["check"] == "pass":
+                us = f"{_us(row['us']['p50'])} us"
+                return Cell("stale", f"{us}, outdated") if self.stale(row) else Cell("timed", us)
+        for row in checked:
+            where = "on the GPU" if row["device"] == "gpu" else "interpreted"
+            if row["source"] != source:
+                return Cell("stale", "outdated check")
+            if not row["ok"]:
+                return Cell("red", f"fail: {row['reason']} {where}")
+            return Cell("green", f"green {where}")
+        noted = next((row["note"] for row in measured if row.get("note")), "")
+        if noted:
+            return Cell("missing", f"not timed: {noted}")
+        return Cell("missing", "not checked here" if "ci" in w.tags else "no record")
+
+
+COVERAGE_LEGEND = (
+    "A time: green and timed on a Hopper GPU. Green: checked on this machine; `ci` workloads are "
+    "never timed, and `huge` ones are there to prove 64-bit addresses. Outdated: the kernel's source has "
+    "changed since. Not checked here: `parity check`. No record: `parity bench` on a Hopper GPU."
+)
+
+
+def lines_of(rows: Iterable[Row]) -> list[Line]:
+    """The rows of one device by pass, in the order in which they come."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["problem"], row["workload"], row["pass"]), {})[row["impl"]] = row
+    return [Line(*place, by_impl) for place, by_impl in found.items()]
+
+
+def _us(us: float) -> str:
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}" if us < 1e5 else f"{us:.3g}"
+
+
+def _interval(us: timing.Interval) -> str:
+    return f"{_us(us.p50)} [{_us(us.p10)} {_us(us.p90)}]"
+
+
+# Tables for a terminal.
+
+
+def table(*headings: str) -> "Table":
+    """A plain table; a heading that starts with > is aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for heading in headings:
+        right = heading.startswith(">")
+        made.add_column(
+            heading.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+        )
+    return made
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
 
 
 def sentence_of_checks(rows: Sequence[Mapping[str, Any]], mode: str) -> str:
     """One sentence of meaning."""
     bad = [row for row in rows if not row["ok"]]
     twins = sorted({row["impl"] for row in rows}, reverse=True)
-    who = "Both twins agree" if len(twins) == 2 else f"The {twins[0]} twin agrees" if twins else ""
     if not rows:
         return "Nothing was checked."
     if bad:
         kinds = ", ".join(dict.fromkeys(row["reason"] for row in bad))
         return f"[bold red]{len(bad)} of {len(rows)} checks fail[/] ({kinds})."
-    raced = mode == "cpu" and "pallas" in twins
+    who = "both twins agree" if len(twins) == 2 else f"{NAMES[twins[0]]} agrees"
     how = "in the interpreters" if mode == "cpu" else "compiled, on the GPU"
+    raced = ", and no data race was found" if mode == "cpu" and "pallas" in twins else ""
     return (
-        f"[bold green]All {len(rows)} checks pass[/]: {who.lower() if not who else who} with the "
-        f"float64 oracle, {how}{', and no data race was found' if raced else ''}."
+        f"[bold green]All {len(rows)} checks pass[/]: {who} with the float64 oracle, {how}{raced}."
     )
 
 
 def ratio(row: Mapping[str, Any]) -> str:
     """Error over yardstick: 1 is what the mathematics itself loses at this precision."""
     error, yardstick = row.get("error"), row.get("yardstick")
-    if error is None or yardstick is None or error != error:
+    if error is None or yardstick is None or error != error or yardstick != yardstick:
         return ""
     if yardstick == 0:
         return "exact" if error == 0 else f"{error:.1e} / 0"
-    return f"{error / yardstick:.2f}" if error / yardstick < 1000 else f"{error:.1e}"
+    return f"{error / yardstick:.2f}" if error / yardstick < 1000 else f"{error / yardstick:.1e}"
 
 
 def check_table(rows: Sequence[Mapping[str, Any]], width: int) -> "Table":
-    table = _table("problem", "workload", "pass", "twin", "verdict", ">error / yardstick")
-    if width >= 100:
-        for heading in ("dtype", ">error", ">seconds"):
-            _column(table, heading)
-    previous = None
+    wide = width >= 100
+    headings = ["problem", "workload", "pass", "twin", "verdict", ">error/yardstick"]
+    made = table(*headings, *(("dtype", ">error", ">seconds") if wide else ()))
+    previous: tuple = ()
     for row in rows:
-        same, previous = previous == row["problem"], row["problem"]
-        cells = [
-            "" if same else row["problem"],
-            row["workload"],
-            row["which"],
-            row["impl"],
-            "[green]ok[/]" if row["ok"] else f"[bold red]{row['reason']}[/]",
-            ratio(row),
+        place = row["problem"], row["workload"]
+        shown = [
+            "" if place[:1] == previous[:1] else row["problem"],
+            "" if place == previous else row["workload"],
         ]
-        if width >= 100:
-            error = row.get("error")
-            cells += [
-                row["dtype"],
-                "" if error is None else f"{error:.1e}",
-                f"{row['seconds']:.1f}",
-            ]
-        table.add_row(*cells)
-    return table
+        previous = place
+        verdict = "[green]ok[/]" if row["ok"] else f"[bold red]{escape(row['reason'])}[/]"
+        error = row.get("error")
+        more = [
+            row["dtype"],
+            "" if error is None or error != error else f"{error:.1e}",
+            f"{row['seconds']:.1f}",
+        ]
+        made.add_row(
+            *shown, row["which"], row["impl"], verdict, ratio(row), *(more if wide else ())
+        )
+    return made
 
 
-def _table(*headings: str) -> "Table":
-    from rich import box
-    from rich.table import Table
+def sentence_of_compiles(rows: Sequence[Mapping[str, Any]]) -> str:
+    bad = [r for r in rows if r["status"] == "fail"]
+    lowered = [r for r in rows if r["status"] == "lowered"]
+    if not rows:
+        return "Nothing was compiled."
+    tail = ""
+    if lowered:
+        tail = (
+            f" {len(lowered)} Pallas rows stop before ptxas: no environment for it (`make sass`)."
+        )
+    if bad:
+        return f"[bold red]{len(bad)} of {len(rows)} kernels fail the compile gate[/].{tail}"
+    return (
+        f"[bold green]All {len(rows)} kernels pass the compile gate[/]: the compilers take them "
+        f"for sm_90a, nothing spills, no wgmma is serialised.{tail}"
+    )
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for heading in headings:
-        _column(table, heading)
-    return table
+
+COMPILE_HEADINGS = ("kernel", "status", ">registers", ">spills", ">smem", ">wgmma", ">TMA")
 
 
-def _column(table: "Table", heading: str) -> None:
-    right = heading.startswith(">")
-    table.add_column(heading.lstrip(">"), justify="right" if right else "left", overflow="fold")
+def compile_cells(row: Mapping[str, Any]) -> list[str]:
+    """Kernel, status, registers, spill bytes, shared KiB, wgmma, TMA loads + stores."""
+
+    def count(name: str) -> str:
+        return "" if row.get(name) is None else str(row[name])
+
+    shared = row.get("shared_bytes")
+    tma = [row.get("tma_load"), row.get("tma_store")]
+    return [
+        row["kernel"],
+        row["status"],
+        count("registers"),
+        count("spills"),
+        "" if shared is None else f"{shared / 1024:.0f} K",
+        count("wgmma"),
+        "" if None in tma else f"{tma[0]}+{tma[1]}",
+    ]
+
+
+def compile_table(rows: Sequence[Mapping[str, Any]], width: int) -> "Table":
+    made = table("workload", "pass", "twin", *COMPILE_HEADINGS)
+    if width < 100:  # the kernel's name says the pass and the twin's row above says the rest
+        made = table("workload", "twin", *COMPILE_HEADINGS)
+    previous: tuple = ()
+    for row in rows:
+        place = row["workload"], row["pass"], row["twin"]
+        kernel, status, *numbers = compile_cells(row)
+        colour = {"ok": "green", "fail": "bold red"}.get(status, "yellow")
+        name = "" if place[:1] == previous[:1] else row["workload"]
+        where = (row["pass"], row["twin"]) if width >= 100 else (row["twin"],)
+        made.add_row(name, *where, kernel, f"[{colour}]{status}[/]", *numbers)
+        previous = place
+    return made
+
+
+_COLOURS = {"FASTER": "green", "SAME": "cyan", "SLOWER": "red", "UNDECIDED": "yellow"}
+
+
+def sentence_of_lines(lines: Sequence[Line]) -> str:
+    """How the twins stand beside their best peers."""
+    verdicts = [v[1] for line in lines for twin in TWINS if (v := line.versus_peer(twin))]
+    red = sum(row["check"].startswith("fail") for line in lines for row in line.rows.values())
+    timed = sum(line.us(twin) is not None for line in lines for twin in TWINS)
+    counts = [
+        f"{verdicts.count(word)} {word.lower()}"
+        for word in (timing.FASTER, timing.SAME, timing.SLOWER, timing.UNDECIDED)
+        if word in verdicts
+    ]
+    beside = f"; beside the best peer of each: {', '.join(counts)}" if counts else ""
+    failed = f" [bold red]{red} were not timed: their check is red.[/]" if red else ""
+    return f"{timed} results of twins over {len(lines)} passes of workloads{beside}.{failed}"
+
+
+def bench_table(lines: Iterable[Line], width: int, *, peers: bool = True) -> "Table":
+    made = table("workload", "pass", "impl", ">us [p10 p90]", ">% roof", ">x best peer", "verdict")
+    if width < 100:
+        made = table("workload", ">us [p10 p90]", ">% roof", ">x peer", "verdict")
+    for line in lines:
+        first = True
+        if width < 100:
+            made.add_row(f"{line.workload} {line.which}")
+        for impl, row in _in_order(line.rows):
+            if impl.startswith("peer:") and not peers:
+                continue
+            us = line.us(impl)
+            ours = not impl.startswith("peer:")
+            beside = line.versus_peer(impl) if ours else None
+            verdict = ""
+            if beside:
+                verdict = f"[{_COLOURS[beside[1]]}]{beside[1]}[/]"
+            elif us is None:
+                failed = row["check"].startswith("fail")
+                words = row["check"] if failed else "not timed"
+                verdict = f"[bold red]{escape(words)}[/]" if failed else f"[dim]{words}[/]"
+            elif impl == line.best_peer:
+                verdict = "best peer"
+            who = impl.removeprefix("peer:") if not ours else f"[bold]{impl}[/]"
+            place = [line.workload if first else "", line.which if first else "", who]
+            made.add_row(
+                *([f"  {who}"] if width < 100 else place),
+                _interval(us) if us else "",
+                f"{100 * row['roof']:.0f}" if row["roof"] else "",
+                f"{beside[0]:.2f}" if beside else "",
+                verdict,
+            )
+            first = False
+    return made
+
+
+def _in_order(rows: Mapping[str, Row]) -> list[tuple[str, Row]]:
+    """The twins first, then the peers from the fastest to those that were not timed."""
+
+    def place(item: tuple[str, Row]) -> tuple:
+        impl, row = item
+        twin = TWINS.index(impl) if impl in TWINS else len(TWINS)
+        return twin, row["us"]["p50"] if row["us"] and twin == len(TWINS) else float("inf"), impl
+
+    return sorted(rows.items(), key=place)
+
+
+def coverage_table(results: Results, width: int) -> "Table":
+    headings = ("workload", "pass", "dtype") if width >= 100 else ("workload", "pass")
+    made = table(*headings, "triton", "pallas")
+    colours = {"timed": "green", "green": "green", "red": "bold red", "stale": "yellow"}
+    previous = None
+    for p, w, which, cells in results.coverage():
+        if p.stem != previous:
+            made.add_section()
+        previous = p.stem
+        shown = []
+        for twin in TWINS:
+            cell = cells.get(twin, Cell("missing", "no such twin"))
+            shown.append(f"[{colours.get(cell.state, 'dim')}]{escape(cell.text)}[/]")
+        name = w.name if w.name.startswith(p.stem) else f"{p.stem} {w.name}"
+        made.add_row(name, which, *((w.dtype,) if width >= 100 else ()), *shown)
+    return made
+
+
+def sentence_of_coverage(results: Results) -> str:
+    cells = [cell.state for *_, found in results.coverage() for cell in found.values()]
+    counts = {state: cells.count(state) for state in ("timed", "green", "red", "stale", "missing")}
+    words = {
+        "timed": "green and timed",
+        "green": "green, not timed",
+        "red": "red",
+        "stale": "out of date",
+        "missing": "unknown",
+    }
+    said = ", ".join(f"{n} {words[state]}" for state, n in counts.items() if n)
+    return f"{len(cells)} cells of problem, workload, pass and twin: {said}."
+
+
+# README's table.
+
+
+def readme_table(results: Results) -> str:
+    """The Markdown between the markers, from the committed records alone."""
+    if not results.records:
+        return (
+            "Nothing is recorded yet: `parity bench` on a Hopper GPU writes the rows, `make docs` "
+            "renders them here."
+        )
+    parts = []
+    for device in results.records:
+        lines = results.lines(device)
+        rows = [row for line in lines for row in line.rows.values()]
+        parts.append(
+            f"{device}; {_versions(rows)}; {_days(rows)}. *us* is the median of device time, "
+            "*roof* the least time the work needs at the rates measured in the same run over *us*, "
+            "*x* the fastest peer's time over ours (above 1 ours is faster; bold where the verdict "
+            "is FASTER).\n\n"
+            "| workload | pass | Triton us | roof | x | Pallas us | roof | x | fastest peer | us "
+            "|\n"
+            "|---|---|--:|--:|--:|--:|--:|--:|---|--:|\n"
+            + "\n".join(_markdown(line) for line in lines)
+        )
+    return "\n\n".join(parts)
+
+
+def _markdown(line: Line) -> str:
+    cells = [f"`{line.workload}`", line.which]
+    for twin in TWINS:
+        row, us, beside = line.rows.get(twin), line.us(twin), line.versus_peer(twin)
+        if row is None or us is None:
+            cells += [row["check"] if row and row["check"] != "pass" else "", "", ""]
+            continue
+        share = f"{100 * row['roof']:.0f} %" if row["roof"] else ""
+        ratio = f"{beside[0]:.2f}" if beside else ""
+        cells += [_us(us.p50), share, f"**{ratio}**" if beside and beside[1] == "FASTER" else ratio]
+    peer = line.best_peer
+    peer_us = line.us(peer) if peer else None
+    cells += [peer.removeprefix("peer:") if peer else "none", _us(peer_us.p50) if peer_us else ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _versions(rows: Sequence[Row]) -> str:
+    names = ("torch", "triton", "jax")
+    found = {n: sorted({r["versions"][n] for r in rows if n in r["versions"]}) for n in names}
+    return ", ".join(f"{n} {'/'.join(v)}" for n, v in found.items() if v)
+
+
+def _days(rows: Sequence[Row]) -> str:
+    days = sorted({row["when"][:10] for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    span = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    return f"measured {span}" + (f" at commit {commits[0]}" if len(commits) == 1 else "")
+
+
+def render_readme(text: str, results: Results) -> str:
+    """README with the table between its markers rendered again.
+
+    Raises:
+        ValueError: the markers are missing or in the wrong order.
+    """
+    begin, end = text.find(BEGIN), text.find(END)
+    if not 0 <= begin < end:
+        raise ValueError(f"expected {BEGIN} ... {END} in it")
+    return f"{text[: begin + len(BEGIN)]}\n{readme_table(results)}\n{text[end:]}"
+
+
+# One page.
+
+
+def html(results: Results) -> str:
+    """The whole report as one page that needs no network."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from parity import doctor
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    devices = []
+    for device in results.records:
+        lines = results.lines(device)
+        rows = [row for line in lines for row in line.rows.values()]
+        charts = []
+        for p in results.problems:
+            mine = [line for line in lines if line.problem == p.stem]
+            if any(line.us(impl) for line in mine for impl in line.rows):
+                svg, alt = chart(mine, p.stem)
+                charts.append({"stem": p.stem, "svg": Markup(svg), "alt": alt, "lines": mine})
+        devices.append(
+            {
+                "name": device,
+                "slug": record.slug(device),
+                "about": f"{_versions(rows)}; {_days(rows)}",
+                "sentence": _plain(sentence_of_lines(lines)),
+                "charts": charts,
+                "stale": [row for row in rows if results.stale(row)],
+            }
+        )
+    modes = [mode for mode in ("gpu", "cpu") if any(r["device"] == mode for r in results.checks)]
+    checks = []
+    for mode in modes:
+        rows = [r for r in results.checks if r["device"] == mode]
+        place = {p.stem: i for i, p in enumerate(results.problems)}
+        rows.sort(key=lambda r: place.get(r["problem"], len(place)))
+        checks.append(
+            {"mode": mode, "sentence": _plain(sentence_of_checks(rows, mode)), "rows": rows}
+        )
+    return environment.get_template("report.html").render(
+        when=record.now(),
+        commit=record.commit(),
+        machine=doctor.machine().sentence(),
+        devices=devices,
+        checks=checks,
+        compiles=results.compiles,
+        compile_sentence=_plain(sentence_of_compiles(results.compiles)),
+        coverage=list(results.coverage()),
+        coverage_sentence=sentence_of_coverage(results),
+        coverage_legend=COVERAGE_LEGEND,
+        refused=results.refused,
+        names=NAMES,
+        twins=TWINS,
+        ratio=ratio,
+        interval=_interval,
+        in_order=_in_order,
+        compile_cells=compile_cells,
+        compile_headings=[h.removeprefix(">") for h in COMPILE_HEADINGS],
+        verdict_class=str.lower,
+    )
+
+
+def _plain(marked: str) -> str:
+    """The sentence without its colours."""
+    return re.sub(r"\[/?[a-z ]*\]", "", marked)
+
+
+# matplotlib writes colours into every element: these stand for the page's own, light or dark
+_INK = {"#010101": "var(--ink)", "#020202": "var(--faint)", "#030303": "var(--triton)",
+        "#040404": "var(--pallas)", "#050505": "var(--peer)"}  # fmt: skip
+
+
+def chart(lines: Sequence[Line], stem: str) -> tuple[str, str]:
+    """(SVG bars of both twins and their peers as share of the roof, the same in words)."""
+    os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
+    import io
+
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    ink, faint, triton, pallas, peer = _INK
+    bars: list[tuple[float, str, float, str]] = []  # y, impl, share, colour
+    ticks, y, words = [], 0.0, []
+    for line in lines:
+        timed = [(impl, row) for impl, row in _in_order(line.rows) if row["roof"]]
+        if not timed:
+            continue
+        start = y
+        for impl, row in timed:
+            colour = {"triton": triton, "pallas": pallas}.get(impl, peer)
+            bars.append((y, impl.removeprefix("peer:"), 100 * row["roof"], colour))
+            y += 1
+        ticks.append(((start + y - 1) / 2, f"{line.workload}\n{line.which}"))
+        shares = ", ".join(f"{impl} {100 * row['roof']:.0f} %" for impl, row in timed)
+        words.append(f"{line.workload} {line.which}: {shares}")
+        y += 0.8
+    settings = {"svg.fonttype": "none", "svg.hashsalt": stem, "font.family": "sans-serif"}
+    with rc_context(settings):
+        figure = Figure(figsize=(8.4, 0.6 + 0.2 * y), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(
+            [b[0] for b in bars], [b[2] for b in bars], height=0.86, color=[b[3] for b in bars]
+        )
+        for at, impl, share, _ in bars:
+            axes.text(share + 0.8, at, f"{impl} {share:.0f}", va="center", size=8, color=ink)
+        axes.axvline(100, color=faint, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_yticks([t[0] for t in ticks], [t[1] for t in ticks], size=8, color=ink)
+        axes.set_xlim(0, max(125.0, 18 + max((b[2] for b in bars), default=0)))
+        axes.set_ylim(y - 0.6, -0.8)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_xlabel("% of the roof measured in the same run", size=9, color=ink)
+        axes.tick_params(colors=ink, length=0, labelsize=8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(faint)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, variable in _INK.items():
+        svg = svg.replace(colour, variable)
+    alt = f"{stem}, share of the roof. " + "; ".join(words) + "."
+    return svg, alt
+
+
+# Two record files.
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of two runs: how the new time stands beside the old."""
+
+    key: record.Key
+    old: timing.Interval | None
+    new: timing.Interval | None
+    verdict: str  # FASTER, SLOWER, SAME, UNDECIDED, or "added", "removed", "red"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **dict(zip(record.KEY, self.key, strict=True)),
+            "old": self.old.to_json() if self.old else None,
+            "new": self.new.to_json() if self.new else None,
+            "verdict": self.verdict,
+        }
+
+
+def changes(old: record.Records, new: record.Records) -> list[Change]:
+    """What became of every timed key; one whose check turned red is "red"."""
+    before, after = old.latest, new.latest
+    found = []
+    for key in dict.fromkeys((*before, *after)):
+        rows = before.get(key), after.get(key)
+        was, now = (timing.Interval.from_json(r["us"]) if r and r["us"] else None for r in rows)
+        if rows[1] and rows[1]["check"].startswith("fail"):
+            verdict = "red"
+        elif was and now:
+            verdict = timing.verdict(now, was)
+        elif was or now:
+            verdict = "removed" if was else "added"
+        else:
+            continue
+        found.append(Change(key, was, now, verdict))
+    return found
+
+
+def change_table(found: Sequence[Change], width: int) -> "Table":
+    headings = (
+        (">old us [p10 p90]", ">new us [p10 p90]") if width >= 100 else (">old us", ">new us")
+    )
+    made = table("workload", "pass", "impl", *headings, ">old/new", "verdict")
+    colours = {**_COLOURS, "red": "bold red"}
+    for change in found:
+        _, workload, which, _, impl = change.key
+        both = [
+            us and (_interval(us) if width >= 100 else _us(us.p50))
+            for us in (change.old, change.new)
+        ]
+        ratio = f"{change.old.p50 / change.new.p50:.2f}" if change.old and change.new else ""
+        made.add_row(
+            workload,
+            which,
+            impl,
+            both[0] or "",
+            both[1] or "",
+            ratio,
+            f"[{colours.get(change.verdict, 'dim')}]{change.verdict}[/]",
+        )
+    return made

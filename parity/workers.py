@@ -1,8 +1,8 @@
 """Checks in child processes: whatever a kernel does to its process, the harness gets a verdict.
 
-The parent imports no framework. A worker is put into CPU or GPU mode once, reads one JSON job a line
-on standard input and answers in JSON lines, so that a hang, a crash of the interpreter, a dead CUDA
-context or a kernel that prints costs one workload and never the run. Two workers keep two cores busy.
+The parent imports no framework. A worker is put into CPU or GPU mode once, reads one JSON job a
+line on standard input and answers in JSON lines, so that a hang, a crash of the interpreter, a dead
+CUDA context or a kernel that prints costs one workload and never the run.
 """
 
 import contextlib
