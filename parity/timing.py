@@ -10,12 +10,13 @@ those of careful benchmarks elsewhere (nvbench-compare's FAST, SLOW, SAME and UN
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 APART = 0.02  # results closer than this count as the same
 NOISY = 0.10  # an interval wider than this share of its median cannot say SAME
+OVERLAP_US = 5.0  # a kernel may be launched early, to start as the one before it ends
 
 FASTER, SLOWER, SAME, UNDECIDED = "FASTER", "SLOWER", "SAME", "UNDECIDED"
 
@@ -135,22 +136,24 @@ def sample(kernels: Sequence[Kernel]) -> Sample:
     return Sample(end - start, sum(k.end_us - k.start_us for k in kernels))
 
 
-def cut(kernels: Sequence[Kernel], separator: str, count: int) -> list[list[Kernel]]:
-    """Cuts a trace into `count` samples, each opened by one kernel named `separator`.
+def cut(kernels: Sequence[Kernel], separators: Collection[str], count: int) -> list[list[Kernel]]:
+    """Cuts a trace into `count` samples, each opened by one kernel named in `separators`.
 
     Raises:
-        NothingSeen: the trace is empty, or has another number of separators; then its samples
-        cannot be told apart.
+        NothingSeen: the trace is empty, has another number of separators, or a sample began while
+        its separator still ran: then its samples cannot be told apart.
     """
     ordered = sorted(kernels, key=lambda k: (k.start_us, k.end_us))
     parts: list[list[Kernel]] = []
+    flushed = 0.0
     for k in ordered:
-        if k.name == separator:
+        if k.name in separators:
             parts.append([])
-        elif parts:
-            parts[-1].append(k)
+            flushed = k.end_us
+        elif not parts or k.start_us < flushed - OVERLAP_US:
+            raise NothingSeen(f"{k.name[:60]} ran before its cache flush was over")
         else:
-            raise NothingSeen(f"{k.name[:60]} ran before the first cache flush")
+            parts[-1].append(k)
     if len(parts) != count:
         seen = f"{len(parts)} cache flushes among {len(ordered)} kernels"
         raise NothingSeen(f"expected {count} samples in the trace, found {seen}")

@@ -10,6 +10,7 @@ from parity.spec import dtype_named
 CONTROL_BYTES = 16 << 20  # read + written: well inside L2, so that a warm cache would show
 LARGEST = 4 << 30  # a ceiling's footprint follows the work's, up to here
 GEMM = 8192
+ROW = 16384
 
 
 def facts() -> dict[str, Any]:
@@ -34,9 +35,13 @@ def copy(nbytes: float) -> tuple[Callable[[], Any], float]:
 
 
 def read(nbytes: float) -> tuple[Callable[[], Any], float]:
-    """A sum that reads `nbytes`, and the bytes it really reads."""
-    x = torch.randn(max(1, int(min(nbytes, LARGEST)) // 4), device="cuda")
-    return (lambda: x.sum()), 4.0 * x.numel()
+    """Sums of rows that read `nbytes`, and the bytes they really read; what they write is little.
+
+    Rows, because a sum of everything takes a second, small launch.
+    """
+    rows = max(1, int(min(nbytes, LARGEST)) // (4 * ROW))
+    x = torch.randn(rows, ROW, device="cuda")
+    return (lambda: x.sum(1)), 4.0 * x.numel()
 
 
 def gemm(dtype: str) -> tuple[Callable[[], Any], float]:

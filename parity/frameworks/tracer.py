@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from parity.timing import Kernel, NothingSeen, cut
 
+FLUSHED = 8  # times the size of L2: about a quarter of a millisecond
 _MASK = 0x5A5A5A5A
 
 
@@ -35,16 +36,18 @@ def cold(
 ) -> list[list[Kernel]]:
     """The kernels of each call, run in order in one profiler session, each on a cold L2 cache.
 
-    Before each call twice L2's size is read and written. That leaves the cache full of dirty lines
-    of no use, and evicting them costs the call what it saves by leaving its own last lines there.
-    The device is idle when a call starts, because the two frameworks use different streams.
+    Each call is queued behind a kernel that reads and writes several times L2's size, on the stream
+    of the call's framework. That leaves the cache full of dirty lines of no use: evicting them
+    costs the call what it saves by leaving its own last lines there. And it lasts until the host
+    has launched the whole call, so that no gap between two of its kernels is the host's.
     `during` is called with the number of a call that was just launched, to read the clocks.
 
     Raises:
         NothingSeen: there is no GPU, another profiler holds CUPTI, or samples cannot be told apart.
     """
     needs_gpu()
-    flush = _flush(torch.cuda.current_device())
+    device = torch.cuda.current_device()
+    flush_of = {id(call): _flush_for(call(), device) for call in calls}
     # A pause of the garbage collector between two launches of one call would count as its time.
     gc.collect()
     collects = gc.isenabled()
@@ -52,8 +55,7 @@ def cold(
     try:
         with _session() as seen:
             for i, call in enumerate(calls):
-                flush()
-                torch.cuda.synchronize()
+                flush_of[id(call)]()
                 out = call()
                 if during is not None:
                     during(i)
@@ -62,26 +64,43 @@ def cold(
     finally:
         if collects:
             gc.enable()
-    return cut(seen, flush.kernel, len(calls))
+    return cut(seen, {flush.kernel for flush in flush_of.values()}, len(calls))
 
 
 class _Flush:
-    """Reads and writes a buffer of twice L2's size, by a kernel that no call will use: torch's
-    in-place exclusive or of 32-bit integers. Its name marks where a sample begins."""
+    """Reads and writes a buffer of several times L2's size, by a kernel that no call will use: an
+    exclusive or of 32-bit integers. Its name marks where a sample begins."""
 
-    def __init__(self, device: int) -> None:
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._buffer = torch.zeros(size // 4, dtype=torch.int32, device=f"cuda:{device}")
+    def __init__(self, device: int, jax: Any = None) -> None:
+        size = FLUSHED * torch.cuda.get_device_properties(device).L2_cache_size
+        if jax is None:
+            self._buffer = torch.zeros(size // 4, dtype=torch.int32, device=f"cuda:{device}")
+            self._xor = lambda x: x.bitwise_xor_(_MASK)
+        else:
+            self._buffer = jax.numpy.zeros(size // 4, "int32")
+            self._xor = jax.jit(lambda x: x ^ _MASK, donate_argnums=0)
+        wait_for(self())
         names = {k.name for k in kernels(self)}
         if len(names) != 1:
             raise NothingSeen(f"the cache flush should be one kernel, the profiler saw {names}")
         self.kernel = names.pop()
 
-    def __call__(self) -> None:
-        self._buffer.bitwise_xor_(_MASK)
+    def __call__(self) -> Any:
+        self._buffer = self._xor(self._buffer)
+        return self._buffer
 
 
 _flush = functools.cache(_Flush)
+
+
+def _flush_for(out: Any, device: int) -> _Flush:
+    """The flush of the framework that made `out`, which has a stream of its own."""
+    wait_for(out)
+    if not any(hasattr(leaf, "block_until_ready") for leaf in _leaves(out)):
+        return _flush(device)
+    import jax
+
+    return _flush(device, jax)
 
 
 def wait_for(out: Any) -> None:
