@@ -410,7 +410,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(
 
     def doubled(which: str, inputs: dict, cotangents: dict, options: dict) -> Callable:
         call = peers.cublas_matmul(which, inputs, cotangents, options)
-        return lambda: 2 * call()
+        return lambda: 2 * call() if call else None
 
     monkeypatch.setattr(peers, "jax_matmul", doubled)
     row = measured_rows(green())["peer:jax.numpy"]

@@ -71,12 +71,14 @@ class _Flush:
     """Reads and writes a buffer of several times L2's size, by a kernel that no call will use: an
     exclusive or of 32-bit integers. Its name marks where a sample begins."""
 
-    def __init__(self, device: int, jax: Any = None) -> None:
+    def __init__(self, device: int, by_jax: bool) -> None:
         size = FLUSHED * torch.cuda.get_device_properties(device).L2_cache_size
-        if jax is None:
+        if not by_jax:
             self._buffer = torch.zeros(size // 4, dtype=torch.int32, device=f"cuda:{device}")
             self._xor = lambda x: x.bitwise_xor_(_MASK)
         else:
+            import jax
+
             self._buffer = jax.numpy.zeros(size // 4, "int32")
             self._xor = jax.jit(lambda x: x ^ _MASK, donate_argnums=0)
         wait_for(self())
@@ -96,11 +98,7 @@ _flush = functools.cache(_Flush)
 def _flush_for(out: Any, device: int) -> _Flush:
     """The flush of the framework that made `out`, which has a stream of its own."""
     wait_for(out)
-    if not any(hasattr(leaf, "block_until_ready") for leaf in _leaves(out)):
-        return _flush(device)
-    import jax
-
-    return _flush(device, jax)
+    return _flush(device, any(hasattr(leaf, "block_until_ready") for leaf in _leaves(out)))
 
 
 def wait_for(out: Any) -> None:
