@@ -195,8 +195,8 @@ def _matmul_kernel(
                 (i, j) for i in range(0, rows, EPILOGUE_M) for j in range(0, block_n, columns)
             ]
             for piece, (i, j) in enumerate(pieces):
-                c_slot = c_smem.at[wg, piece % 2]
-                # The store before the last one has read this slot.
+                # Counted across tiles too; the store before the last one has read this slot.
+                c_slot = c_smem.at[wg, (tile.local_index * len(pieces) + piece) & 1]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 c_slot[...] = c[i : i + EPILOGUE_M, j : j + columns]
                 plgpu.commit_smem()

@@ -588,8 +588,7 @@ def _wgmma_races_body(x: Any, y: Any, x_smem: Any, barrier: Any) -> None:
 
 
 def _tile() -> tuple[Any, Any]:
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((64, 64), jnp.bfloat16, transforms=transforms), plgpu.Barrier()
+    return plgpu.SMEM((64, 64), jnp.bfloat16), plgpu.Barrier()
 
 
 def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
