@@ -232,6 +232,17 @@ def test_a_control_of_other_kernels_refuses_the_run():
         device.judge_control([[Kernel("copy", 0, 1)]], moved=1.0, hbm_gbps=0.0)
 
 
+def test_ceilings_are_rates_and_the_better_copy_counts():
+    names = ("copy", "negate", "read", "gemm")
+    takes = {"copy": [10.0, 12.0, 14.0], "negate": [9.0, 10.0, 11.0], "read": [8.0], "gemm": [4.0]}
+    timings = {
+        f"ceiling:{n}": Timing(tuple(Sample(us, us) for us in takes[n]), ("k",)) for n in names
+    }
+    work = dict.fromkeys(timings, 4e7)
+    assert device.ceilings_of(timings, work) == Ceilings(4000.0, 5000.0, 10.0)
+    assert device.best_ceilings_of(timings, work) == Ceilings(4e7 / 9 / 1e3, 5000.0, 10.0)
+
+
 # clocks
 
 
@@ -296,7 +307,7 @@ def matmul_bwd(res, dc):
 """
 
 MACHINE = bench.Machine({"name": "Fake GPU", "uuid": "x", "hbm_gbps": 0.0}, {"torch": "1"}, "abc")
-GEMM_US = 100.0
+ROOF_US = 100.0
 
 
 @pytest.fixture(scope="module")
@@ -327,10 +338,10 @@ def fake_gpu(impls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str
         return measure(contenders, trace, **how)
 
     def ceilings(nbytes: float, dtype: str) -> tuple[dict, dict]:
-        names = ("ceiling:copy", "ceiling:read", "ceiling:gemm")
-        takes.update({name: GEMM_US for name in names})
-        amounts = dict(zip(names, (cost.bytes, cost.bytes, cost.flops), strict=True))
-        return {name: (lambda name=name: name) for name in names}, amounts
+        amounts = {f"ceiling:{what}": cost.bytes for what in ("copy", "negate", "read")}
+        amounts["ceiling:gemm"] = cost.flops
+        takes.update(dict.fromkeys(amounts, ROOF_US))
+        return {name: (lambda name=name: name) for name in amounts}, amounts
 
     measure = timing.measure
     stand_ins = dataclasses.replace(problem("matmul"), implementations=impls)

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 from parity.spec import dtype_named
 
 CONTROL_BYTES = 16 << 20  # read + written: well inside L2, so that a warm cache would show
-LARGEST = 4 << 30  # a ceiling's footprint follows the work's, up to here
+LARGEST = 4 << 30  # a footprint follows the work, up to here: 2^30 integers of 32 bits
 GEMM = 8192
-ROW = 16384
+BLOCK = 2048
 
 
 def facts() -> dict[str, Any]:
@@ -27,21 +29,38 @@ def facts() -> dict[str, Any]:
 
 
 def copy(nbytes: float) -> tuple[Callable[[], Any], float]:
-    """A copy that reads and writes `nbytes` in all, and the bytes it really moves."""
-    half = max(1, int(min(nbytes, LARGEST)) // 8)
-    x = torch.randint(-(2**31), 2**31 - 1, (half,), dtype=torch.int32, device="cuda")
-    y = torch.empty_like(x)
-    return (lambda: y.copy_(x)), 8.0 * half
+    """The driver's copy, which reads and writes `nbytes` in all, and the bytes it really moves."""
+    x, y = _two_halves(nbytes)
+    return (lambda: y.copy_(x)), 8.0 * x.numel()
+
+
+def negate(nbytes: float) -> tuple[Callable[[], Any], float]:
+    """A kernel that moves what `copy` moves: quicker than the driver below a gigabyte."""
+    x, y = _two_halves(nbytes)
+    return (lambda: torch.bitwise_not(x, out=y)), 8.0 * x.numel()
 
 
 def read(nbytes: float) -> tuple[Callable[[], Any], float]:
-    """Sums of rows that read `nbytes`, and the bytes they really read; what they write is little.
+    """A sum that reads `nbytes`, and the bytes it really reads: torch's own is slower."""
+    blocks = max(1, int(min(nbytes, LARGEST)) // (4 * BLOCK))
+    x = torch.randint(-(2**31), 2**31 - 1, (blocks * BLOCK,), dtype=torch.int32, device="cuda")
+    programs = min(blocks, 16 * torch.cuda.get_device_properties().multi_processor_count)
+    sums = torch.empty(programs, dtype=torch.int32, device="cuda")
+    return (lambda: _read_kernel[(programs,)](x, sums, blocks, BLOCK)), 4.0 * len(x)
 
-    Rows, because a sum of everything takes a second, small launch.
-    """
-    rows = max(1, int(min(nbytes, LARGEST)) // (4 * ROW))
-    x = torch.randn(rows, ROW, device="cuda")
-    return (lambda: x.sum(1)), 4.0 * x.numel()
+
+@triton.jit
+def _read_kernel(x_ptr, sums_ptr, blocks, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.int32)
+    for i in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        total += tl.load(x_ptr + i * BLOCK + tl.arange(0, BLOCK))
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
+
+
+def _two_halves(nbytes: float) -> tuple[torch.Tensor, torch.Tensor]:
+    half = max(1, int(min(nbytes, LARGEST)) // 8)
+    x = torch.randint(-(2**31), 2**31 - 1, (half,), dtype=torch.int32, device="cuda")
+    return x, torch.empty_like(x)
 
 
 def gemm(dtype: str) -> tuple[Callable[[], Any], float]:

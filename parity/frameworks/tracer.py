@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from parity.timing import Kernel, NothingSeen, cut
 
-FLUSHED = 8  # times the size of L2: about a quarter of a millisecond
+FLUSHED = 16  # times the size of L2: about half a millisecond
 _MASK = 0x5A5A5A5A
 
 
