@@ -46,7 +46,8 @@ def read(nbytes: float) -> tuple[Callable[[], Any], float]:
     x = torch.randint(-(2**31), 2**31 - 1, (blocks * BLOCK,), dtype=torch.int32, device="cuda")
     programs = min(blocks, 16 * torch.cuda.get_device_properties().multi_processor_count)
     sums = torch.empty(programs, dtype=torch.int32, device="cuda")
-    return (lambda: _read_kernel[(programs,)](x, sums, blocks, BLOCK)), 4.0 * len(x)
+    launch: Any = _read_kernel[(programs,)]
+    return (lambda: launch(x, sums, blocks, BLOCK)), 4.0 * len(x)
 
 
 @triton.jit
