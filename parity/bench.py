@@ -103,6 +103,8 @@ def rows(
         NothingSeen: no GPU, or the profiler sees nothing: an error of the environment.
         WarmCache: the cache flush does not work here, so nothing can be timed.
     """
+    from parity.frameworks import ceilings
+
     impls = dict(problem.implementations if impls is None else impls)
     machine = machine or Machine.here()
     tell = progress or (lambda phrase: None)
@@ -110,6 +112,7 @@ def rows(
         yield from _Pass(problem, work, which, impls, seed, machine, tell).rows(
             peers, checks, rounds
         )
+        ceilings.release()
 
 
 class _Pass:
