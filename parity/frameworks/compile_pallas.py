@@ -13,6 +13,7 @@ import functools
 import importlib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,10 +38,6 @@ from parity.frameworks.jax import load
 
 NUM_SMS = 132
 _DIALECT = "stable_mosaic_gpu."
-_TMA = {
-    "nvvm.cp.async.bulk.tensor.shared.cluster.global": "tma_load",
-    "nvvm.cp.async.bulk.tensor.global.shared.cta": "tma_store",
-}
 
 
 def main(environment: str = "", cache: str = "") -> None:
@@ -131,35 +128,35 @@ def _read(module: bytes, context: Any) -> Row:
     """What a serialised Mosaic GPU module says about its kernel."""
     context.allow_unregistered_dialects = True  # the serialised dialect is registered nowhere
     parsed = ir.Module.parse(module, context=context).operation
-    row: Row = {"kernel": ir.StringAttr(parsed.attributes["sym_name"]).value}
-    counts: dict[str, int] = dict.fromkeys(("wgmma", "tma_load", "tma_store", "tma_descriptors"), 0)
-    for op in _operations(parsed):
-        name = op.name.removeprefix(_DIALECT)
-        if name == "gpu.launch":
-            row |= _launch(op)
-        elif name == "llvm.inline_asm":
-            counts["wgmma"] += "wgmma.mma_async" in str(op.attributes["asm_string"])
-        elif name == "func.call":
-            counts["tma_descriptors"] += "init_tma_desc" in str(op.attributes["callee"])
-        elif name in _TMA:
-            counts[_TMA[name]] += 1
-    return row | counts
+    # read as text: Python looks for an unregistered dialect anew at every operation it is shown
+    text = str(parsed.get_asm(print_generic_op_form=True))
+    return {
+        "kernel": ir.StringAttr(parsed.attributes["sym_name"]).value,
+        "wgmma": text.count('asm_string = "wgmma.mma_async'),
+        "tma_load": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.shared.cluster.global"'),
+        "tma_store": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.global.shared.cta"'),
+        "tma_descriptors": text.count("callee = @mosaic_gpu_init_tma_desc"),
+        **_launch(text),
+    }
 
 
-def _launch(launch: Any) -> Row:
+def _launch(text: str) -> Row:
+    launch = re.search(rf'"{_DIALECT}gpu\.launch"\(([^)]*)\)', text)
+    if launch is None:
+        return {}
     # an async token, grid x y z, block x y z, perhaps cluster x y z, then the shared memory
-    segments = list(launch.attributes["operandSegmentSizes"])
-    values = [_constant(operand) for operand in list(launch.operands)[segments[0] :]]
+    values = [_constant(text[: launch.start()], name) for name in launch[1].split(", ")[1:]]
     block = [size for size in values[3:6] if size is not None]
     threads = math.prod(block) if len(block) == 3 else None
     return {"grid": values[:3], "threads": threads, "shared_bytes": values[-1]}
 
 
-def _constant(value: Any) -> int | None:
-    """The integer behind a value, through casts; None where it is computed."""
-    op = value.owner
-    while op.operation.name.removeprefix(_DIALECT) == "arith.index_cast":
-        op = op.operation.operands[0].owner
-    if op.operation.name.removeprefix(_DIALECT) != "arith.constant":
+def _constant(text: str, name: str) -> int | None:
+    """The integer called `name` in generic MLIR, through casts; None where it is computed."""
+    definition = re.search(rf'{name} = "{_DIALECT}arith\.(\w+)"\((%?\w*)\)([^\n]*)', text)
+    if definition is None:
         return None
-    return ir.IntegerAttr(op.operation.attributes["value"]).value
+    if definition[1] == "index_cast":
+        return _constant(text, definition[2])
+    value = re.search(r"value = (-?\d+) :", definition[3])
+    return int(value[1]) if value else None
