@@ -36,6 +36,7 @@ from . import _lib
 DTYPES = (jnp.bfloat16, jnp.float16)
 EPILOGUE_M = 64  # rows of one store: those of one wgmma instruction
 EPILOGUE_BYTES = 128  # bytes of one row of a store: one swizzle row
+MEMORY_REGISTERS = 40  # of a thread that only issues copies; of 512, the others share what is left
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Config:
     cluster: int = 2
 
     def __post_init__(self) -> None:
+        if self.warpgroups not in (1, 2, 3):
+            raise ValueError(f"warpgroups: expected 1, 2 or 3, got {self.warpgroups}")
         if self.block_m % (64 * self.warpgroups):
             raise ValueError(
                 f"block_m: expected a multiple of 64 rows for each of {self.warpgroups} "
@@ -124,7 +127,7 @@ def _matmul_kernel(
 
     @pl.when(wg == config.warpgroups)
     def _memory() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
         @plgpu.nd_loop((num_m * num_n,), collective_axes="sm")
         def _tile(tile: plgpu.NDLoopInfo) -> None:
@@ -156,7 +159,9 @@ def _matmul_kernel(
 
     @pl.when(wg < config.warpgroups)
     def _compute() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(
+            min(232, (512 - MEMORY_REGISTERS) // config.warpgroups // 8 * 8), action="increase"
+        )
         for slot in range(stages):
             plgpu.barrier_arrive(free.at[slot])  # every slot is free at the start
 
