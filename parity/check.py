@@ -87,6 +87,7 @@ def check(
         for impl, target in impls.items():
             tell(f"{problem.stem} {work.name} {which}: {impl}")
             start = time.perf_counter()
+            memory.release()
             subject = _Subject(problem, work, which, frameworks.twin(impl), target)
             try:
                 verdicts, outputs = subject.judged(arrays, seed, repeats, truth, model, specs)
@@ -128,12 +129,12 @@ class _Subject:
         other = (problem.probe or (lambda work: _described(problem, work)))(work)
         other = memory.draw(other, seed + 1)
         decoy = self._call(kernel, other)
+        other = other if problem.probe else {}  # huge arrays would not fit twice
         fn, args, options = self._pass(kernel, arrays)
-        before = [twin.copy(x) for x in _leaves(args)]
+        before = [memory.fingerprint(twin.harness(x)) for x in _leaves(args)]
         out = twin.outputs_of(twin.run(fn, args, options))
-        for x, was in zip(_leaves(args), before, strict=True):
-            if not twin.same_bits(x, was):
-                return [Verdict("inputs", False, "mutated", "an input was written to")], ()
+        if before != [memory.fingerprint(twin.harness(x)) for x in _leaves(args)]:
+            return [Verdict("inputs", False, "mutated", "an input was written to")], ()
         if len(out) != len(specs):
             detail = f"returned {len(out)} arrays, expected {len(specs)}: {', '.join(specs)}"
             return [Verdict("outputs", False, "shape", detail)], ()
