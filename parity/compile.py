@@ -133,7 +133,7 @@ def compile_gate(
     def finish(task: "_Task", rows: list[dict[str, Any]], keep: bool) -> None:
         nonlocal done
         task.rows = rows
-        if keep:
+        if keep and keys.still_true(task):
             _store(cache, keys.of(task), rows)
         done += 1
         if progress is not None:
@@ -258,10 +258,18 @@ class _Keys:
     def of(self, task: _Task) -> str:
         implementation = task.request["implementation"]
         if implementation not in self._sources:
-            files = sorted(sources(implementation))
-            self._sources[implementation] = _digest(*(f.read_bytes() for f in files))
+            self._sources[implementation] = _digest_of_sources(implementation)
         known = (self._sources[implementation], self._gate, self._versions[task.twin])
         return _digest(json.dumps([_SCHEMA, task.twin, task.request, known], default=str).encode())
+
+    def still_true(self, task: _Task) -> bool:
+        """False when somebody has edited the sources since the key was made: whose code was it?"""
+        implementation = task.request["implementation"]
+        return self._sources[implementation] == _digest_of_sources(implementation)
+
+
+def _digest_of_sources(implementation: str) -> str:
+    return _digest(*(file.read_bytes() for file in sorted(sources(implementation))))
 
 
 def _digest(*parts: bytes) -> str:

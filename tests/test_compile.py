@@ -311,6 +311,17 @@ def test_another_source_or_config_or_size_is_another_answer(tmp_path, fake_worke
     assert len(fake_workers) == 6
 
 
+def test_an_answer_of_edited_sources_is_not_kept(tmp_path, monkeypatch):
+    def compile_all(missing, site, cache, timeout, finish):
+        toys(tmp_path, "def toy(x): return 'edited meanwhile'\n")
+        for task in missing["triton"]:
+            finish(task, [{"pass": "fwd", "kernel": "k", "status": "ok"}], True)
+
+    monkeypatch.setattr(gate, "_compile_all", compile_all)
+    assert [row.status for row in run(toys(tmp_path), tmp_path)] == ["ok"]
+    assert not list((tmp_path / "cache").glob("*.json"))
+
+
 def test_equal_sizes_under_two_names_share_an_answer(tmp_path, fake_workers):
     run(toys(tmp_path), tmp_path)
     renamed = dataclasses.replace(toys(tmp_path)[0].workloads[0], name="renamed")
