@@ -166,10 +166,15 @@ class Results:
 
     def lines(self, device: str) -> list[Line]:
         """Every measured pass of a device, in the order of the problems."""
-        order = {(p.stem, w.name, which): i for i, (p, w, which) in enumerate(self._passes())}
+        order = self.order
         lines = lines_of(self.records[device].values())
         lines = [x for x in lines if (x.problem, x.workload, x.which) in order]
         return sorted(lines, key=lambda x: order[x.problem, x.workload, x.which])
+
+    @cached_property
+    def order(self) -> dict[tuple[str, str, str], int]:
+        """The place of every problem, workload and pass."""
+        return {(p.stem, w.name, which): i for i, (p, w, which) in enumerate(self._passes())}
 
     def _passes(self) -> Iterator[tuple["Problem", "Workload", str]]:
         for p in self.problems:
@@ -225,8 +230,9 @@ class Results:
 
 COVERAGE_LEGEND = (
     "A time: green and timed on a Hopper GPU. Green: checked on this machine; `ci` workloads are "
-    "never timed, and `huge` ones are there to prove 64-bit addresses. Outdated: the kernel's source has "
-    "changed since. Not checked here: `parity check`. No record: `parity bench` on a Hopper GPU."
+    "never timed, and `huge` ones are there to prove 64-bit addresses. Outdated: the kernel's "
+    "source has changed since. Not checked here: `parity check`. No record: `parity bench` on a "
+    "Hopper GPU."
 )
 
 
@@ -258,7 +264,7 @@ def table(*headings: str) -> "Table":
     for heading in headings:
         right = heading.startswith(">")
         made.add_column(
-            heading.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+            escape(heading.removeprefix(">")), justify="right" if right else "left", overflow="fold"
         )
     return made
 
@@ -583,8 +589,8 @@ def html(results: Results) -> str:
     checks = []
     for mode in modes:
         rows = [r for r in results.checks if r["device"] == mode]
-        place = {p.stem: i for i, p in enumerate(results.problems)}
-        rows.sort(key=lambda r: place.get(r["problem"], len(place)))
+        order = results.order
+        rows.sort(key=lambda r: order.get((r["problem"], r["workload"], r["which"]), len(order)))
         checks.append(
             {"mode": mode, "sentence": _plain(sentence_of_checks(rows, mode)), "rows": rows}
         )
@@ -617,8 +623,10 @@ def _plain(marked: str) -> str:
 
 
 # matplotlib writes colours into every element: these stand for the page's own, light or dark
-_INK = {"#010101": "var(--ink)", "#020202": "var(--faint)", "#030303": "var(--triton)",
-        "#040404": "var(--pallas)", "#050505": "var(--peer)"}  # fmt: skip
+_INK = {
+    f"#{i:02x}{i:02x}{i:02x}": f"var(--{name})"
+    for i, name in enumerate("ink faint triton pallas peer paper".split(), start=1)
+}
 
 
 def chart(lines: Sequence[Line], stem: str) -> tuple[str, str]:
@@ -629,7 +637,7 @@ def chart(lines: Sequence[Line], stem: str) -> tuple[str, str]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    ink, faint, triton, pallas, peer = _INK
+    ink, faint, triton, pallas, peer, paper = _INK
     bars: list[tuple[float, str, float, str]] = []  # y, impl, share, colour
     ticks, y, words = [], 0.0, []
     for line in lines:
@@ -645,7 +653,11 @@ def chart(lines: Sequence[Line], stem: str) -> tuple[str, str]:
         shares = ", ".join(f"{impl} {100 * row['roof']:.0f} %" for impl, row in timed)
         words.append(f"{line.workload} {line.which}: {shares}")
         y += 0.8
-    settings = {"svg.fonttype": "none", "svg.hashsalt": stem, "font.family": "sans-serif"}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": stem,
+        "font.family": "sans-serif",
+    }
     with rc_context(settings):
         figure = Figure(figsize=(8.4, 0.6 + 0.2 * y), layout="constrained")
         axes = figure.subplots()
@@ -653,10 +665,15 @@ def chart(lines: Sequence[Line], stem: str) -> tuple[str, str]:
             [b[0] for b in bars], [b[2] for b in bars], height=0.86, color=[b[3] for b in bars]
         )
         for at, impl, share, _ in bars:
-            axes.text(share + 0.8, at, f"{impl} {share:.0f}", va="center", size=8, color=ink)
+            inside = share > 40
+            x, side, colour = (
+                (share - 0.8, "right", paper) if inside else (share + 0.8, "left", ink)
+            )
+            label = f"{impl} {share:.0f} %"
+            axes.text(x, at, label, va="center", ha=side, size=8, color=colour)
         axes.axvline(100, color=faint, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_yticks([t[0] for t in ticks], [t[1] for t in ticks], size=8, color=ink)
-        axes.set_xlim(0, max(125.0, 18 + max((b[2] for b in bars), default=0)))
+        axes.set_xlim(0, max(105.0, 1 + max((b[2] for b in bars), default=0)))
         axes.set_ylim(y - 0.6, -0.8)
         axes.set_xticks(range(0, 101, 20))
         axes.set_xlabel("% of the roof measured in the same run", size=9, color=ink)

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,21 +56,24 @@ def run(
     timeout: float | None = None,
     give_up: bool = False,
     log: Path | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event]:
     """Checks the jobs in child processes and yields events as they come.
 
     Args:
-        mode: "cpu" for the interpreters, "gpu" for compiled kernels. workers: processes at a time.
-        timeout: seconds for one job, starting the process included. give_up: after a job that ran
-        out of time, answer the rest without running them. log: where what the workers and their
-        kernels print goes.
+        mode: "cpu" for the interpreters, "gpu" for compiled kernels.
+        workers: processes at a time.
+        timeout: seconds for one pass of a job, starting the process included.
+        give_up: after a pass that ran out of time, answer the rest without running it.
+        log: where what the workers and their kernels print goes.
     """
     todo: queue.Queue[Job] = queue.Queue()
     for job in jobs:
         todo.put(job)
     events: queue.Queue[Event | BaseException | None] = queue.Queue()
     sink = open(log, "ab") if log else None
-    crew = [_Worker(mode, timeout, sink) for _ in range(max(1, min(workers, todo.qsize())))]
+    crew = [
+        _Worker(mode, timeout, give_up, sink) for _ in range(max(1, min(workers, todo.qsize())))
+    ]
     hung = threading.Event()
 
     def work(worker: _Worker) -> None:
@@ -82,9 +85,7 @@ def run(
                     return
                 if hung.is_set():
                     detail = "not run: an earlier workload ran out of time"
-                    events.put(
-                        Event(job, rows=tuple(_verdicts(job, job.passes, "timeout", detail)))
-                    )
+                    events.put(Event(job, rows=tuple(_verdicts(job, "timeout", detail))))
                     continue
                 rows = worker.check(job, lambda phrase, job=job: events.put(Event(job, phrase)))
                 if give_up and any(row["reason"] == "timeout" for row in rows):
@@ -123,15 +124,44 @@ class Broken(RuntimeError):
 class _Worker:
     """One child process, started when it is first needed and again after it died."""
 
-    def __init__(self, mode: str, timeout: float | None, sink: IO[bytes] | None) -> None:
-        self.mode, self.timeout, self.sink = mode, timeout, sink
+    def __init__(
+        self, mode: str, timeout: float | None, give_up: bool, sink: IO[bytes] | None
+    ) -> None:
+        self.mode, self.timeout, self.give_up, self.sink = mode, timeout, give_up, sink
         self.process: subprocess.Popen | None = None
         self.stopped = False
 
     def check(self, job: Job, tell: Callable[[str], None]) -> list[dict]:
+        """Rows of every pass and implementation; one that dies takes no other with it."""
+        rows: list[dict] = []
+        waiting = [(which, dict(job.impls)) for which in job.passes]
+        while waiting:
+            which, impls = waiting.pop(0)
+            part = replace(job, passes=(which,), impls=impls)
+            began = time.perf_counter()
+            found, guilty, reason, detail = self._one_pass(part, tell)
+            rows += found
+            if not reason:
+                continue
+            seconds = time.perf_counter() - began
+            blamed = replace(part, impls={impl: impls[impl] for impl in guilty})
+            rows += _verdicts(blamed, reason, detail, seconds)
+            if rest := {impl: target for impl, target in impls.items() if impl not in guilty}:
+                waiting.insert(0, (which, rest))
+            if self.give_up and reason == "timeout":
+                for later, impls in waiting:
+                    skipped = replace(job, passes=(later,), impls=impls)
+                    rows += _verdicts(skipped, reason, f"not run: the {which} ran out of time")
+                break
+        order = [(which, impl) for which in job.passes for impl in job.impls]
+        return sorted(rows, key=lambda row: order.index((row["which"], row["impl"])))
+
+    def _one_pass(
+        self, job: Job, tell: Callable[[str], None]
+    ) -> tuple[list[dict], list[str], str, str]:
+        """(rows, whom to blame, reason, detail); the last three are empty if all went well."""
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
-        left, rows, began = list(job.passes), [], time.perf_counter()
         out_of_time = threading.Event()
 
         def expire() -> None:
@@ -142,38 +172,34 @@ class _Worker:
         if timer:
             timer.daemon = True
             timer.start()
+        step = f"{job.name}: starting"
         try:
-            tell(f"{job.name}: starting")
+            tell(step)
             _say(process.stdin, asdict(job))
-            while left:
-                line = process.stdout.readline()
-                if not line:
-                    break
+            while line := process.stdout.readline():
                 message = json.loads(line)
                 if "broken" in message:
                     raise Broken(message["broken"])
-                if "step" in message:
-                    tell(message["step"])
-                else:
-                    rows += message["rows"]
-                    left.remove(message["pass"])
+                if "rows" in message:
+                    rows = message["rows"]
+                    if self.mode == "gpu" and any(row["reason"] == "crash" for row in rows):
+                        self.stop(for_good=False)  # a CUDA error stays with its process
+                    return rows, [], "", ""
+                step = message["step"]
+                tell(step)
         except (BrokenPipeError, json.JSONDecodeError):
-            pass  # it died, or was killed in the middle of a line: the passes left say so below
+            pass  # it died, or was killed in the middle of a line
         finally:
             if timer:
                 timer.cancel()
-        if left:
-            seconds = time.perf_counter() - began
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)  # its own exit status, if it is on its way out
-            self.stop(for_good=False)
-            reason, detail = "crash", f"the process died: {_death(process.returncode)}"
-            if out_of_time.is_set():
-                reason, detail = "timeout", f"no answer after {self.timeout:g} s"
-            rows += _verdicts(job, left, reason, detail, seconds)
-        elif self.mode == "gpu" and any(row["reason"] == "crash" for row in rows):
-            self.stop(for_good=False)  # a CUDA error stays with its process
-        return rows
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)  # its own exit status, if it is on its way out
+        self.stop(for_good=False)
+        under_way = step.rpartition(": ")[2]  # check tells "problem workload pass: implementation"
+        guilty = [under_way] if under_way in job.impls else list(job.impls)
+        if out_of_time.is_set():
+            return [], guilty, "timeout", f"no answer after {self.timeout:g} s"
+        return [], guilty, "crash", f"the process died: {_death(process.returncode)}"
 
     def stop(self, *, for_good: bool = True) -> None:
         self.stopped |= for_good
@@ -215,10 +241,8 @@ def _death(code: int | None) -> str:
         return f"signal {-code}"
 
 
-def _verdicts(
-    job: Job, passes: Iterable[str], reason: str, detail: str, seconds: float = 0.0
-) -> list[dict]:
-    """Rows like Check.to_json() for passes that never came to a verdict of their own."""
+def _verdicts(job: Job, reason: str, detail: str, seconds: float = 0.0) -> list[dict]:
+    """Rows like Check.to_json() for a job that never came to a verdict of its own."""
     return [
         {
             "problem": job.problem,
@@ -235,7 +259,7 @@ def _verdicts(
             "seconds": seconds,
             "ulp": None,
         }
-        for which in passes
+        for which in job.passes
         for impl in job.impls
     ]
 
@@ -257,7 +281,7 @@ def _say(stream: IO[str], message: Mapping[str, Any]) -> None:
 
 
 def serve(mode: str) -> None:
-    """The child: answers {"step": phrase} and, for each pass, {"pass": name, "rows": [...]}."""
+    """The child: answers every job with {"step": phrase} as it goes and {"rows": [...]} last."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what kernels and compilers print must not mix with the answers
     try:
@@ -271,22 +295,21 @@ def serve(mode: str) -> None:
         raise
     for line in sys.stdin:
         job = Job(**json.loads(line))
-        for which in job.passes:
-            began = time.perf_counter()
-            try:
-                stem = problem(job.problem)
-                checks = check(
-                    stem,
-                    stem.workload(job.workload),
-                    impls=job.impls,
-                    passes=(which,),
-                    seed=job.seed,
-                    progress=lambda phrase: _say(answers, {"step": phrase}),
-                )
-                rows = [row.to_json() for row in checks]
-            except (Exception, SystemExit) as e:  # a kernel file may call sys.exit
-                rows = _verdicts(job, (which,), "crash", _sentence(e), time.perf_counter() - began)
-            _say(answers, {"pass": which, "rows": rows})
+        began = time.perf_counter()
+        try:
+            stem = problem(job.problem)
+            checks = check(
+                stem,
+                stem.workload(job.workload),
+                impls=job.impls,
+                passes=job.passes,
+                seed=job.seed,
+                progress=lambda phrase: _say(answers, {"step": phrase}),
+            )
+            rows = [row.to_json() for row in checks]
+        except (Exception, SystemExit) as e:  # a kernel file may call sys.exit
+            rows = _verdicts(job, "crash", _sentence(e), time.perf_counter() - began)
+        _say(answers, {"rows": rows})
 
 
 def _sentence(e: BaseException) -> str:
