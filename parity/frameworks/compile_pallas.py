@@ -132,7 +132,7 @@ def _read(module: bytes, context: Any) -> Row:
     text = str(parsed.get_asm(print_generic_op_form=True))
     return {
         "kernel": ir.StringAttr(parsed.attributes["sym_name"]).value,
-        "wgmma": text.count('asm_string = "wgmma.mma_async'),
+        "wgmma": text.count("wgmma.mma_async"),
         "tma_load": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.shared.cluster.global"'),
         "tma_store": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.global.shared.cta"'),
         "tma_descriptors": text.count("callee = @mosaic_gpu_init_tma_desc"),
