@@ -30,7 +30,7 @@ def place(file: Path, name: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
     ]
     return named or re.findall(
-        rf"# --- {re.escape(name)}\n(.*?)(?=# --- |\n\n\n|\Z)", text, re.DOTALL
+        rf"# --- {re.escape(name)}\b(.*?)(?=# --- |\n\n\n|\Z)", text, re.DOTALL
     )
 
 

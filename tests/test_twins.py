@@ -12,12 +12,8 @@ ROOT = Path(__file__).parent.parent
 STEMS = [p.stem for p in PROBLEMS]
 TWINS = ("triton_kernels", "pallas_kernels")
 STAGES = ["1. which tile", "2. main loop", "3. epilogue", "4. store"]
-# What exists in one language only: how many warps or warpgroups share a tile; Mosaic's clusters;
-# Triton's programs on one multiprocessor.
-OWN_CONFIG_FIELDS = {
-    "triton_kernels": {"warps", "programs"},
-    "pallas_kernels": {"warpgroups", "cluster"},
-}
+# What exists in one language only: how many warps or warpgroups share a tile, and clusters.
+OWN_CONFIG_FIELDS = {"triton_kernels": {"warps"}, "pallas_kernels": {"warpgroups", "cluster"}}
 
 
 def tree(package: str, stem: str) -> ast.Module:
@@ -58,21 +54,9 @@ def kernels(package: str, stem: str) -> dict[str, str]:
     }
 
 
-def lines_of_code(module: ast.Module) -> int:
-    """Lines that hold a statement or a part of one: no comments, no docstrings."""
-    bare = [n for n in ast.walk(module) if isinstance(n, ast.stmt) and not is_string(n)]
-    heads = [range(n.lineno, getattr(n, "body", [n])[0].lineno) for n in bare if hasattr(n, "body")]
-    plain = [range(n.lineno, (n.end_lineno or 0) + 1) for n in bare if not hasattr(n, "body")]
-    return len({line for lines in heads + plain for line in lines})
-
-
-def is_string(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
 def stages(source: str) -> list[str]:
-    """The stage markers of a kernel, each once, in the order in which they first appear."""
-    return list(dict.fromkeys(re.findall(r"# --- (.+)$", source, re.MULTILINE)))
+    """The stage markers of a kernel (a remark may follow a colon), in order of first appearance."""
+    return list(dict.fromkeys(re.findall(r"# --- ([^:\n]+)", source)))
 
 
 def test_every_problem_has_its_twins_and_every_twin_its_problem():
@@ -130,7 +114,6 @@ def test_a_kernel_file_holds_the_seven_parts_and_nothing_else(package: str, stem
     assert not called & {"print", "os.getenv", "os.environ.get", "input", "open"}
     assert "__main__" not in text and "os.environ" not in text
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
-    assert lines_of_code(module) <= 350, "a kernel file this long wants to be two stems"
 
 
 @pytest.mark.parametrize("package", TWINS)
