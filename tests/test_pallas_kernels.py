@@ -122,13 +122,15 @@ def test_matmul_does_not_read_beyond_its_operands():
 @pytest.mark.parametrize(
     "config",
     [
+        Config(),
         Config(block_n=64, stages=2, group_m=1),
         Config(block_m=64, block_n=192, block_k=128, stages=3, warpgroups=1, cluster=1),
     ],
-    ids=["cluster", "one warpgroup"],
+    ids=["of large products", "one store", "one warpgroup"],
 )
-def test_matmul_with_unusual_tiles(config):
-    # Several tiles a block, an odd number of stores each, more steps than slots: rings go round.
+def test_matmul_with_any_tiles(config):
+    # Several tiles a block, also with an odd number of stores, more steps than slots: rings go
+    # round.
     a, b, dc = _normal(0, 260, 200), _normal(1, 200, 130), _normal(2, 260, 130)
     c, res = jax.jit(lambda a, b: matmul_fwd(a, b, config=config))(a, b)
     da, db = jax.jit(lambda res, dc: matmul_bwd(res, dc, config=config))(res, dc)
@@ -138,10 +140,16 @@ def test_matmul_with_unusual_tiles(config):
     _close(db, a.T @ dc)
 
 
-def test_default_config_fills_the_device():
-    assert default_config(8192, 8192, 8192, jnp.bfloat16) == Config()
-    small = default_config(256, 1024, 4096, jnp.bfloat16)
-    assert small.block_m * small.block_n < Config().block_m * Config().block_n
+def test_default_config_counts_waves():
+    large = Config()
+    for M, N in ((8192, 8192), (8192, 14336), (4096, 4096), (16384, 6144), (1024, 4096)):
+        assert default_config(M, N, 4096, jnp.bfloat16) == large
+    assert default_config(3072, 3072, 3072, jnp.bfloat16).warpgroups == 3  # 2 waves, not 3
+    areas = [
+        config.block_m * config.block_n
+        for config in (default_config(M, 4096, 4096, jnp.bfloat16) for M in (1024, 512, 256, 128))
+    ]
+    assert areas == [128 * 256, 128 * 128, 64 * 128, 64 * 64]
 
 
 def test_matmul_gradient_takes_a_float32_cotangent():
