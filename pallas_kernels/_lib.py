@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP = 128  # lanes of a warpgroup, which Pallas calls one thread
@@ -145,3 +146,30 @@ def piece_tile(piece: int, dtype: Any) -> tuple[int, Any]:
     return pieces, plgpu.Layout.TILED(
         plgpu.Tiling(tiles), warp_dims=warps, lane_dims=lanes, vector_dim=-1
     )
+
+
+def store_row_chunk(chunk_smem: Any, rows_gmem: Any, row: Any, start: Any) -> None:
+    """Stores a chunk of a row by TMA, and of the last chunk only the pieces that the row has.
+
+    Mosaic turns a store to contiguous memory into a plain bulk copy, which ends where the array
+    ends, not where the row does (jax 0.11.2; the interpreter clips at the row).
+    """
+    columns, pieces = rows_gmem.shape[1], chunk_smem.shape[0]
+
+    @pl.when(start + pieces <= columns)
+    def _():
+        plgpu.copy_smem_to_gmem(chunk_smem, rows_gmem.at[row, pl.ds(start, pieces)])
+
+    if last := columns % pieces:
+
+        @pl.when(start == columns - last)
+        def _():
+            plgpu.copy_smem_to_gmem(
+                chunk_smem.at[pl.ds(0, last)], rows_gmem.at[row, pl.ds(columns - last, last)]
+            )
+
+
+def row_programs(R: int, block_m: int, programs: int) -> int:
+    """Blocks of threads for R rows: `programs` for each multiprocessor, or one for block_m rows."""
+    tiles = cdiv(R, block_m)
+    return min(tiles, programs * num_sms()) if programs else tiles

@@ -52,13 +52,16 @@ class Config:
     block_m: rows a block of threads works at; warpgroups / block_m warpgroups share each.
     block_n: columns of a chunk, the part of a row in one slot.
     stages: slots in the ring of each warpgroup.
-    warpgroups: warpgroups of a block of threads, one block for each multiprocessor.
+    warpgroups: warpgroups of a block of threads.
+    programs: blocks for each multiprocessor, which then walk over the rows; 0: one for each block_m
+        rows (the backward takes that for 1: it writes a partial dw for each row it works at).
     """
 
     block_m: int = 4
     block_n: int = 4096
     stages: int = 4
     warpgroups: int = 4
+    programs: int = 1
 
     def __post_init__(self) -> None:
         if self.block_m < 1 or self.warpgroups % self.block_m:
@@ -77,19 +80,23 @@ class Config:
 def default_config(R: int, N: int, dtype: Any, which: str = "fwd") -> Config:
     """The Config for R rows of N columns; which: "fwd" or "bwd", + "_residual" with a residual."""
     del R
-    warpgroups = 4
+    return _config(N, dtype, dtype, which)
+
+
+def _config(N: int, dtype: Any, w_dtype: Any, which: str) -> Config:
+    warpgroups, itemsize = 4, _lib.bits(dtype) // 8
     arrays = (2 if which.startswith("bwd") else 1) + which.endswith("_residual")
-    ring = (SHARED_BYTES - _lib.cdiv(N, 1024) * 1024 * _lib.bits(dtype) // 8) // warpgroups
+    w_bytes = (N + 4096) * _lib.bits(w_dtype) // 8
     # As few warpgroups for a row as its length allows, then as few chunks, while the ring holds a
     # row and something more: what is in flight while this row is worked at.
     for num_n in (1, 2, 4, 8):
         for split in (1, 2, 4):
             block_n = _lib.row_chunk(N, split * num_n, MOST_COLUMNS // num_n, dtype)
-            stages = min(32 // warpgroups, ring // (block_n * arrays * _lib.bits(dtype) // 8))
+            stages = (SHARED_BYTES - w_bytes) // (warpgroups * block_n * arrays * itemsize)
             covered = split * num_n * block_n >= N
             if covered and stages >= max(3, num_n + 1):
-                return Config(warpgroups // split, block_n, stages, warpgroups)
-    return Config(1, block_n, max(1, stages), warpgroups)
+                return Config(warpgroups // split, block_n, min(8, stages), warpgroups)
+    return Config(1, block_n, min(8, max(1, stages)), warpgroups)
 
 
 def _rms_norm_fwd_kernel(
@@ -128,8 +135,8 @@ def _rms_norm_fwd_kernel(
     def barrier(q):
         return full.at[wg * config.stages + lax.rem(q, config.stages)]
 
-    def columns(ni):
-        return pl.ds((ni * split + part) * pieces, pieces)
+    def start_of(ni, i):
+        return (ni * split + part) * pieces + i * runs
 
     def read(smem, q, i):
         slot = smem.at[wg, lax.rem(q, config.stages), pl.ds(i * runs, runs)]
@@ -149,7 +156,7 @@ def _rms_norm_fwd_kernel(
         def _():
             slot = (wg, lax.rem(q, config.stages))
             row = first + lax.div(q, loads) * stride
-            source = (row, columns(lax.rem(lax.rem(q, loads), num_n)))
+            source = (row, pl.ds(start_of(lax.rem(lax.rem(q, loads), num_n), 0), pieces))
             plgpu.copy_gmem_to_smem(x_gmem.at[source], x_smem.at[slot], barrier(q))
             if residual:
                 plgpu.copy_gmem_to_smem(
@@ -217,17 +224,15 @@ def _rms_norm_fwd_kernel(
                 xh = h * rstd
                 if cast_before_weight:
                     xh = xh.astype(x_smem.dtype).astype(jnp.float32)
-                y = xh * _weight(
-                    w_smem, (ni * split + part) * pieces + i * runs, runs, layout, w_offset
-                )
+                y = xh * _weight(w_smem, start_of(ni, i), runs, layout, w_offset)
                 if residual:
                     write(x_smem, q, i, h)
                 write(y_smem, q, i, y)
             plgpu.commit_smem()
             slot = (wg, lax.rem(q, config.stages))
-            plgpu.copy_smem_to_gmem(y_smem.at[slot], y_gmem.at[row, columns(ni)])
+            _lib.store_row_chunk(y_smem.at[slot], y_gmem, row, start_of(ni, 0))
             if residual:
-                plgpu.copy_smem_to_gmem(x_smem.at[slot], h_gmem.at[row, columns(ni)])
+                _lib.store_row_chunk(x_smem.at[slot], h_gmem, row, start_of(ni, 0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             load(q + config.stages)
 
@@ -239,8 +244,9 @@ def _load_weight(w_gmem: Any, w_smem: Any, w_full: Any, pieces: int) -> None:
 
     @pl.when(lax.axis_index("wg") == 0)
     def _():
-        for start in range(0, w_smem.shape[0], pieces):
-            chunk = pl.ds(start, pieces)
+        @pl.loop(0, w_smem.shape[0] // pieces)
+        def _(i):
+            chunk = pl.ds(i * pieces, pieces)
             plgpu.copy_gmem_to_smem(w_gmem.at[chunk], w_smem.at[chunk], w_full)
 
     plgpu.barrier_wait(w_full)
@@ -347,7 +353,9 @@ def _rms_norm_bwd_kernel(
                 plgpu.barrier_wait(barrier(q))
             for i in tiles:
                 xh, dy = read(h_smem, q, i) * rstd, read(dy_smem, q, i)
-                dw[ni * len(tiles) + i] = dw[ni * len(tiles) + i] + dy * xh
+                # Added here and now: LLVM would keep the products of all chunks for later.
+                at = ni * len(tiles) + i
+                dw[at] = lax.optimization_barrier(dw[at] + dy * xh)
                 g = dy * _weight(w_smem, start_of(ni, i), runs, layout, w_offset)
                 dx = rstd * (g - xh * mean)
                 if residual:
@@ -355,10 +363,8 @@ def _rms_norm_bwd_kernel(
                 slot = (wg, lax.rem(q, config.stages), pl.ds(i * runs, runs))
                 dy_smem[slot] = dx.astype(dy_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                dy_smem.at[wg, lax.rem(q, config.stages)],
-                dx_gmem.at[row, pl.ds(start_of(ni, 0), pieces)],
-            )
+            slot = dy_smem.at[wg, lax.rem(q, config.stages)]
+            _lib.store_row_chunk(slot, dx_gmem, row, start_of(ni, 0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             load(q + config.stages)
         return tuple(dw)
@@ -397,10 +403,16 @@ def _rms_norm_dw_kernel(partial_gmem: Any, dw_gmem: Any) -> None:
 
 
 def _launch(
-    kernel: Any, name: str, rows: tuple[jax.Array, ...], small: tuple, out_type: Any, config: Config
+    kernel: Any,
+    name: str,
+    blocks: int,
+    rows: tuple[jax.Array, ...],
+    small: tuple[jax.Array, ...],
+    out_type: Any,
+    config: Config,
 ) -> Any:
     """Runs a kernel over rows in pieces; small: w in pieces, and what else is not rows."""
-    R, columns, piece = rows[0].shape
+    _, columns, piece = rows[0].shape
     runs, _ = _lib.piece_tile(piece, rows[0].dtype)
     if config.block_n % (runs * piece):
         raise ValueError(
@@ -422,7 +434,7 @@ def _launch(
             plgpu.Barrier(num_arrivals=split, num_barriers=config.block_m),
             plgpu.Barrier(num_arrivals=chunks),
         ],
-        grid=(_blocks(R, config),),
+        grid=(blocks,),
         grid_names=("sm",),
         num_threads=config.warpgroups,
         thread_name="wg",
@@ -433,10 +445,6 @@ def _launch(
         ),
         kernel_name=name,
     )(*rows, *small)
-
-
-def _blocks(R: int, config: Config) -> int:
-    return min(_lib.num_sms(), _lib.cdiv(R, config.block_m))
 
 
 def rms_norm_fwd(
@@ -455,7 +463,7 @@ def rms_norm_fwd(
         rstd = jnp.full((R,), jnp.float32(eps) ** -0.5)
         return (x if residual is None else (x, x)), (x, w, rstd)
     which = "fwd" if residual is None else "fwd_residual"
-    config = config or default_config(R, N, x.dtype, which)
+    config = config or _config(N, x.dtype, w.dtype, which)
     kernel = functools.partial(
         _rms_norm_fwd_kernel,
         R=R,
@@ -469,7 +477,10 @@ def rms_norm_fwd(
     *rows, w_row = _lib.row_pieces(*((x,) if residual is None else (x, residual)), w)
     out = jax.ShapeDtypeStruct(rows[0].shape, x.dtype)
     out_type = [jax.ShapeDtypeStruct((R,), jnp.float32)] + [out] * len(rows)
-    rstd, *out = _launch(kernel, "rms_norm_fwd_kernel", tuple(rows), (w_row,), out_type, config)
+    blocks = _lib.row_programs(R, config.block_m, config.programs)
+    rstd, *out = _launch(
+        kernel, "rms_norm_fwd_kernel", blocks, tuple(rows), (w_row,), out_type, config
+    )
     y, *h = (array.reshape(R, -1)[:, :N] for array in out)
     return ((y, h[0]), (h[0], w, rstd)) if h else (y, (x, w, rstd))
 
@@ -497,7 +508,7 @@ def rms_norm_bwd(
     if 0 in (R, N):
         return jnp.zeros((R, N), h.dtype), jnp.zeros((N,), jnp.float32)
     which = "bwd" if dh is None else "bwd_residual"
-    config = config or default_config(R, N, h.dtype, which)
+    config = config or _config(N, h.dtype, w.dtype, which)
     kernel = functools.partial(
         _rms_norm_bwd_kernel, R=R, N=N, w_offset=w_offset, residual=dh is not None, config=config
     )
@@ -506,12 +517,12 @@ def rms_norm_bwd(
     piece = rows[0].shape[2]
     split = config.warpgroups // config.block_m
     pieces = _lib.cdiv(N, split * config.block_n) * split * config.block_n // piece
-    partial = jax.ShapeDtypeStruct(
-        (_blocks(R, config) * config.block_m, pieces, piece), jnp.float32
-    )
+    blocks = _lib.row_programs(R, config.block_m, config.programs or 1)
+    partial = jax.ShapeDtypeStruct((blocks * config.block_m, pieces, piece), jnp.float32)
     dx, partial = _launch(
         kernel,
         "rms_norm_bwd_kernel",
+        blocks,
         tuple(rows),
         (w_row, rstd),
         [jax.ShapeDtypeStruct(rows[0].shape, h.dtype), partial],

@@ -46,13 +46,16 @@ class Config:
     block_m: rows a block of threads works at; warpgroups / block_m warpgroups share each.
     block_n: columns of a chunk, the part of a row that a warpgroup holds in registers.
     stages: slots in the ring of each warpgroup.
-    warpgroups: warpgroups of a block of threads, one block for each multiprocessor.
+    warpgroups: warpgroups of a block of threads.
+    programs: blocks for each multiprocessor, which then walk over the rows; 0: one for each block_m
+        rows.
     """
 
     block_m: int = 4
     block_n: int = 4096
     stages: int = 6
     warpgroups: int = 4
+    programs: int = 1
 
     def __post_init__(self) -> None:
         if self.block_m < 1 or self.warpgroups % self.block_m:
@@ -118,14 +121,15 @@ def _softmax_fwd_kernel(
     def tile(smem, q, i):
         return smem.at[wg, lax.rem(q, config.stages), pl.ds(i * runs, runs)]
 
-    def chunk(row, ni):
-        return row, pl.ds((ni * split + part) * pieces, pieces)
+    def start_of(ni):
+        return (ni * split + part) * pieces
 
     def load(q):
         @pl.when(q < trips * loads)
         def _():
             slot = (wg, lax.rem(q, config.stages))
-            source = chunk(first + lax.div(q, loads) * stride, lax.rem(lax.rem(q, loads), num_n))
+            row = first + lax.div(q, loads) * stride
+            source = (row, pl.ds(start_of(lax.rem(lax.rem(q, loads), num_n)), pieces))
             plgpu.copy_gmem_to_smem(x_gmem.at[source], x_smem.at[slot], barrier(q))
             if masked:
                 plgpu.copy_gmem_to_smem(mask_gmem.at[source], mask_smem.at[slot], barrier(q))
@@ -215,9 +219,11 @@ def _softmax_fwd_kernel(
             for i, values in zip(tiles, y, strict=True):
                 tile(x_smem, q, i)[...] = values.astype(x_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
+            _lib.store_row_chunk(
                 x_smem.at[wg, lax.rem(q, config.stages)],
-                y_gmem.at[chunk(row, lax.rem(dropped + ni, num_n))],
+                y_gmem,
+                row,
+                start_of(lax.rem(dropped + ni, num_n)),
             )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             load(q + config.stages)
@@ -278,14 +284,15 @@ def _softmax_bwd_kernel(
     def tile(smem, q, i):
         return smem.at[wg, lax.rem(q, config.stages), pl.ds(i * runs, runs)]
 
-    def chunk(row, ni):
-        return row, pl.ds((ni * split + part) * pieces, pieces)
+    def start_of(ni):
+        return (ni * split + part) * pieces
 
     def load(q):
         @pl.when(q < trips * loads)
         def _():
             slot = (wg, lax.rem(q, config.stages))
-            source = chunk(first + lax.div(q, loads) * stride, lax.rem(lax.rem(q, loads), num_n))
+            row = first + lax.div(q, loads) * stride
+            source = (row, pl.ds(start_of(lax.rem(lax.rem(q, loads), num_n)), pieces))
             plgpu.copy_gmem_to_smem(y_gmem.at[source], y_smem.at[slot], barrier(q))
             plgpu.copy_gmem_to_smem(dy_gmem.at[source], dy_smem.at[slot], barrier(q))
 
@@ -344,9 +351,11 @@ def _softmax_bwd_kernel(
                     dx = dx * scale
                 tile(dy_smem, q, i)[...] = dx.astype(dy_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
+            _lib.store_row_chunk(
                 dy_smem.at[wg, lax.rem(q, config.stages)],
-                dx_gmem.at[chunk(row, lax.rem(dropped + ni, num_n))],
+                dx_gmem,
+                row,
+                start_of(lax.rem(dropped + ni, num_n)),
             )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             load(q + config.stages)
@@ -375,7 +384,7 @@ def _launch(kernel: Any, name: str, arrays: tuple[jax.Array, ...], N: int, confi
                 num_arrivals=config.warpgroups // config.block_m, num_barriers=config.block_m
             ),
         ],
-        grid=(_lib.num_sms(),),
+        grid=(_lib.row_programs(R, config.block_m, config.programs),),
         grid_names=("sm",),
         num_threads=config.warpgroups,
         thread_name="wg",
