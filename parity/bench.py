@@ -41,6 +41,7 @@ class Contender:
 
     impl: str
     source: str
+    depends: str = ""  # as source, with the file beside it that all kernels share
     call: Callable[[], Any] | None = None
     check: str = "none"
     error: float | None = None
@@ -185,6 +186,7 @@ class _Pass:
         try:
             kernel = twin.load(target)
             contender.source = record.source_hash(kernel.where)
+            contender.depends = _depends(kernel.where)
             inputs = [twin.native(self.arrays[n]) for n in self.problem.inputs(self.work)]
             options = dict(self.work.options)
             if self.which == "fwd":
@@ -313,7 +315,7 @@ class _Pass:
             "when": record.now(),
             "sizes": dict(self.work.sizes),
             "identity": identity(
-                self.problem, self.work, self.which, self.machine, c.impl, c.source
+                self.problem, self.work, self.which, self.machine, c.impl, c.depends or c.source
             ),
             "samples": len(timed.samples) if timed else 0,
             "kernels": list(timed.kernels) if timed else [],
@@ -430,9 +432,15 @@ class Campaign:
         return len(runs) == 1  # beside each other, or not at all
 
 
+def _depends(where: str) -> str:
+    """A kernel file and the `_lib` beside it, hashed."""
+    files = [Path(where), Path(where).with_name("_lib.py")]
+    return record.hashed(b"".join(f.read_bytes() for f in files if f.is_file()))
+
+
 def _twin_source(impl: str, target: str) -> str:
     try:
-        return record.source_hash(frameworks.twin(impl).load(target).where)
+        return _depends(frameworks.twin(impl).load(target).where)
     except Exception:  # it will fail its check and say why
         return "unknown"
 

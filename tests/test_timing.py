@@ -447,7 +447,7 @@ def campaign(out: Path, **how: Any) -> bench.Campaign:
 
 
 def test_a_campaign_writes_rows_down_and_resumes(
-    fake_gpu: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_gpu: dict[str, float], tmp_path: Path, impls: dict[str, str]
 ):
     out = tmp_path / "matmul.jsonl"
     first = campaign(out, resume=True, peers=False)
@@ -461,6 +461,11 @@ def test_a_campaign_writes_rows_down_and_resumes(
     assert campaign(out, resume=True).left
     other = bench.Machine(MACHINE.facts, {"torch": "2"}, "abc")
     assert campaign(out, resume=True, peers=False, machine=other).left
+    # a change beside the kernel
+    lib = Path(impls["triton"].partition(":")[0]).with_name("_lib.py")
+    lib.write_text("1")
+    assert campaign(out, resume=True, peers=False).left
+    lib.unlink()
     # another commit alone changes nothing
     other = bench.Machine(MACHINE.facts, MACHINE.versions, "def")
     assert not campaign(out, resume=True, peers=False, machine=other).left
