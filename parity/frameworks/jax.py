@@ -171,7 +171,7 @@ def witness(
         from parity.frameworks.torch import share_of_ours
 
         call = thunk(fn, args, options)
-        wrong += share_of_ours(lambda: jax.block_until_ready(call()), ("_kernel", "mosaic"))
+        wrong += share_of_ours(lambda: jax.block_until_ready(call()), ("mosaic_gpu_kernel",))
     return wrong
 
 
