@@ -572,32 +572,23 @@ def _gated(
     able = _runnable(tuple(impls or twins), "cpu")
     chosen = [twin for twin in (impls or twins) if not able[twin]]
     skipped = [{"twin": twin, "why": why} for twin, why in able.items() if why]
-    by_problem: dict[str, list[str]] = {}
-    for p, w in selection:
-        by_problem.setdefault(p.stem, []).append(w.name)
-    rows: list[dict[str, Any]] = []
-    total = sum(map(len, by_problem.values())) * len(chosen)
-    with _progress(total, "compile") as tell:
-        for p in _problems(list(by_problem)) if by_problem else ():
-            before = len(by_problem) and sum(
-                len(by_problem[stem]) for stem in list(by_problem)[: list(by_problem).index(p.stem)]
-            ) * len(chosen)  # fmt: skip
-            try:
-                found = compile_gate(
-                    [p],
-                    workloads=by_problem[p.stem],
-                    twins=chosen,
-                    implementations=impls,
-                    sass=sass,
-                    progress=lambda done, _, what, before=before: tell(what, before + done),
-                )
-            except FileNotFoundError as e:
-                raise Stop(ENVIRONMENT, str(e)) from None
-            fresh = [row.to_json() for row in found]
-            if impls is None:
-                targets = {(p.stem, twin): p.implementations[twin] for twin in chosen}
-                report.keep_compiles(fresh, targets)
-            rows += fresh
+    problems = list({p.stem: p for p, _ in selection}.values())
+    names = {w.name for _, w in selection}  # words of -w mean the same in every problem
+    with _progress(len(selection) * len(chosen), "compile") as tell:
+        try:
+            found = compile_gate(
+                problems,
+                workloads=names,
+                twins=chosen,
+                implementations=impls,
+                sass=sass,
+                progress=lambda done, _, what: tell(what, done),
+            )
+        except FileNotFoundError as e:
+            raise Stop(ENVIRONMENT, str(e)) from None
+    rows = [row.to_json() for row in found]
+    if impls is None:
+        report.keep_compiles(rows)
     return rows, skipped
 
 

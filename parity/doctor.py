@@ -9,7 +9,6 @@ import ctypes
 import ctypes.util
 import functools
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -125,8 +124,9 @@ class Finding:
     colour: str
     says: str
     do: str = ""
+    details: tuple[str, ...] = ()  # only in JSON
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -176,9 +176,11 @@ _NEEDS = (
 
 def installed(distribution: str) -> tuple[str, tuple[int, ...]] | None:
     """('2.11.0+cu130', (2, 11, 0)), or None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        text = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        text = version(distribution)
+    except PackageNotFoundError:
         return None
     numbers = []
     for part in text.partition("+")[0].split("."):
@@ -384,13 +386,16 @@ def _probes(which: str) -> Iterator[Finding]:
         do = "`parity check --device cpu` cannot work until this does"
         yield Finding(name, RED, f"does not run: {why}", do)
         return
-    wrong = [f"{probe} ({detail.rstrip('.')})" for probe, lies, detail in answer if lies]
+    wrong = [probe for probe, lies, _ in answer if lies]
     right = [probe for probe, lies, _ in answer if not lies]
-    says = [f"runs. As it comes, still wrong or missing: {'; '.join(wrong)}"] if wrong else ["runs"]
+    says = "runs"
+    if wrong:
+        says += f"; as it comes, still wrong or missing: {', '.join(wrong)}"
     if right:
-        says.append(f"right: {', '.join(right)}")
-    do = "docs/silent-lies.md says what the harness does about each"
-    yield Finding(name, GREEN, ". ".join(says), do if wrong else "")
+        says += f"; right: {', '.join(right)}"
+    do = "docs/silent-lies.md says what the harness does about each" if wrong else ""
+    details = tuple(f"{probe}: {detail}" for probe, _, detail in answer)
+    yield Finding(name, GREEN, says, do, details)
 
 
 _PROFILER = """

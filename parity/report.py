@@ -42,16 +42,16 @@ def keep_checks(rows: Iterable[Mapping[str, Any]], mode: str, impls: Mapping[str
     _append(LOCAL / f"check-{mode}.jsonl", kept)
 
 
-def keep_compiles(rows: Iterable[Mapping[str, Any]], impls: Mapping[tuple[str, str], str]) -> None:
-    """Remembers rows of `CompileRow.to_json()`; `impls` maps (problem, twin) to its target."""
-    now = record.now()
-    _append(
-        LOCAL / "compile.jsonl",
-        [
-            {**row, "when": now, "source": source_of(impls[row["problem"], row["twin"]])}
-            for row in rows
-        ],
-    )
+def keep_compiles(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Remembers rows of `CompileRow.to_json()` in place of those of the same workload and twin."""
+    fresh = {_gated(row) for row in rows}
+    path = LOCAL / "compile.jsonl"
+    standing = [row for row in _lines(path) if _gated(row) not in fresh]
+    replace_text(path, "".join(json.dumps(row, default=str) + "\n" for row in (*standing, *rows)))
+
+
+def _gated(row: Mapping[str, Any]) -> tuple:
+    return row.get("problem"), row.get("workload"), row.get("twin")
 
 
 def source_of(target: str) -> str:
@@ -69,18 +69,18 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(finite(row), default=str) + "\n" for row in rows))
 
 
-def _kept(path: Path, key: Sequence[str]) -> list[Row]:
-    """The standing rows of a file of our own; a line cut short by a kill is passed over."""
-    standing: dict[tuple, Row] = {}
+def _lines(path: Path) -> list[Row]:
+    """The rows of a file of our own; a line cut short by a kill is passed over."""
+    rows = []
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and all(k in row for k in key):
-                standing[tuple(row[k] for k in key)] = row
-    return list(standing.values())
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -155,14 +155,10 @@ class Results:
             for key, row in found.latest.items():
                 records.setdefault(row["device"], {})[key] = row
         key = ("device", "problem", "workload", "which", "impl")
-        checks = [
-            row for mode in ("cpu", "gpu") for row in _kept(local / f"check-{mode}.jsonl", key)
-        ]
-        key = ("problem", "workload", "pass", "twin", "kernel", "source")
-        compiles = _kept(local / "compile.jsonl", key)
-        latest = {(r["problem"], r["twin"]): r["source"] for r in compiles}
-        compiles = [r for r in compiles if latest[r["problem"], r["twin"]] == r["source"]]
-        return Results(records, tuple(refused), tuple(checks), tuple(compiles), PROBLEMS)
+        kept = [*_lines(local / "check-cpu.jsonl"), *_lines(local / "check-gpu.jsonl")]
+        checks = {tuple(row[k] for k in key): row for row in kept if all(k in row for k in key)}
+        compiles = _lines(local / "compile.jsonl")
+        return Results(records, tuple(refused), tuple(checks.values()), tuple(compiles), PROBLEMS)
 
     def lines(self, device: str) -> list[Line]:
         """Every measured pass of a device, in the order of the problems."""
@@ -368,17 +364,19 @@ def compile_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def compile_table(rows: Sequence[Mapping[str, Any]], width: int) -> "Table":
-    made = table("workload", "pass", "twin", *COMPILE_HEADINGS)
-    if width < 100:  # the kernel's name says the pass and the twin's row above says the rest
-        made = table("workload", "twin", *COMPILE_HEADINGS)
+    wide = width >= 100
+    made = table(*(("workload", "pass") if wide else ()), "twin", *COMPILE_HEADINGS)
     previous: tuple = ()
     for row in rows:
-        place = row["workload"], row["pass"], row["twin"]
+        place = row["workload"], row["pass"]
         kernel, status, *numbers = compile_cells(row)
         colour = {"ok": "green", "fail": "bold red"}.get(status, "yellow")
-        name = "" if place[:1] == previous[:1] else row["workload"]
-        where = (row["pass"], row["twin"]) if width >= 100 else (row["twin"],)
-        made.add_row(name, *where, kernel, f"[{colour}]{status}[/]", *numbers)
+        shown = ["" if place[:1] == previous[:1] else row["workload"], row["pass"]]
+        if not wide and place != previous:
+            made.add_row("", " ".join(place))
+        made.add_row(
+            *(shown if wide else ()), row["twin"], kernel, f"[{colour}]{status}[/]", *numbers
+        )
         previous = place
     return made
 

@@ -129,7 +129,7 @@ class _Worker:
     ) -> None:
         self.mode, self.timeout, self.give_up, self.sink = mode, timeout, give_up, sink
         self.process: subprocess.Popen | None = None
-        self.stopped = False
+        self.stopped, self.lock = False, threading.Lock()
 
     def check(self, job: Job, tell: Callable[[str], None]) -> list[dict]:
         """Rows of every pass and implementation; one that dies takes no other with it."""
@@ -193,7 +193,7 @@ class _Worker:
             if timer:
                 timer.cancel()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)  # its own exit status, if it is on its way out
+            process.wait(1)  # its own exit status, if it is on its way out
         self.stop(for_good=False)
         under_way = step.rpartition(": ")[2]  # check tells "problem workload pass: implementation"
         guilty = [under_way] if under_way in job.impls else list(job.impls)
@@ -202,20 +202,24 @@ class _Worker:
         return [], guilty, "crash", f"the process died: {_death(process.returncode)}"
 
     def stop(self, *, for_good: bool = True) -> None:
+        """Ends the process, from any thread; for good: it is not started again."""
         self.stopped |= for_good
-        if self.process is not None:
-            _kill(self.process)
-            self.process.wait()
-            self.process = None
+        with self.lock:
+            process, self.process = self.process, None
+        if process is None:
+            return
+        _kill(process)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
 
     def _started(self) -> subprocess.Popen:
         if self.process is None:
             if self.stopped:
                 raise RuntimeError("the run was stopped")
-            code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
-            code += f"from parity.workers import serve; serve({self.mode!r})"
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                command(self.mode),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.sink or subprocess.DEVNULL,
@@ -223,6 +227,12 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C is the parent's, which then ends the whole group
             )
         return self.process
+
+
+def command(mode: str) -> list[str]:
+    """How a child is started: from this checkout, whatever the working directory holds."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    return [sys.executable, "-c", f"{code}from parity.workers import serve; serve({mode!r})"]
 
 
 def _kill(process: subprocess.Popen) -> None:
