@@ -159,9 +159,8 @@ def test_e8m0_agrees_with_ml_dtypes_where_both_have_a_code():
 
 
 def test_ml_dtypes_still_misses_the_nearest_power_below_floats_normal_range():
-    x = np.float32(
-        2.0**-127 * 1.01
-    )  # once this fails, the test above need not leave out subnormals
+    # Once this fails, the test above need not leave out subnormals.
+    x = np.array(2.0**-127 * 1.01, np.float32)
     assert x.astype(ml_dtypes.float8_e8m0fnu).view(np.uint8) == 1
     assert formats.e8m0_encode(x) == 0
 
