@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    import rich.console
 
-    from parity.spec import Problem, Workload
+    import parity.spec
 
 PASS, FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 TWINS = ("triton", "pallas")
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "report" / "index.html"
+
+Pair = tuple["parity.spec.Problem", "parity.spec.Workload"]
 
 
 class Stop(Exception):
@@ -206,7 +208,7 @@ def _seconds(text: str) -> float:
     return float(3600 * hours + 60 * minutes + seconds)
 
 
-def _problems(stems: Sequence[str]) -> "list[Problem]":
+def _problems(stems: Sequence[str]) -> list["parity.spec.Problem"]:
     from parity.problems import PROBLEMS, problem
 
     try:
@@ -215,7 +217,7 @@ def _problems(stems: Sequence[str]) -> "list[Problem]":
         raise Stop(USAGE, e.args[0]) from None
 
 
-def _selected(args: argparse.Namespace, default: Sequence[str]) -> "list[tuple[Problem, Workload]]":
+def _selected(args: argparse.Namespace, default: Sequence[str]) -> list[Pair]:
     """The workloads that the names and tags of -w mean, in the order of the problems."""
     problems = _problems(args.stems)
     words = args.workload or default
@@ -265,7 +267,7 @@ def _implementations(args: argparse.Namespace) -> dict[str, str] | None:
 # What is shown.
 
 
-def _console(*, stderr: bool = False) -> "Console":
+def _console(*, stderr: bool = False) -> "rich.console.Console":
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -350,11 +352,11 @@ def _list(args: argparse.Namespace) -> int:
     return PASS
 
 
-def _who(p: "Problem") -> str:
+def _who(p: "parity.spec.Problem") -> str:
     return ", ".join((*p.implementations, *(f"peer:{name}" for name in p.peers)))
 
 
-def _described(p: "Problem") -> dict[str, Any]:
+def _described(p: "parity.spec.Problem") -> dict[str, Any]:
     return {
         "stem": p.stem,
         "doc": p.doc.strip(),
@@ -412,12 +414,12 @@ _NOT_ON_A_CPU = (
 )
 
 
-def _skipped(p: "Problem", w: "Workload") -> dict[str, str]:
+def _skipped(p: "parity.spec.Problem", w: "parity.spec.Workload") -> dict[str, str]:
     return {"problem": p.stem, "workload": w.name, "why": _NOT_ON_A_CPU}
 
 
 def _judged(
-    selection: "Sequence[tuple[Problem, Workload]]",
+    selection: Sequence[Pair],
     *,
     mode: str,
     twins: Sequence[str] = TWINS,
@@ -443,7 +445,8 @@ def _judged(
             if able[twin]
         ]
         targets = {twin: target for twin, target in targets.items() if not able[twin]}
-        jobs.append(crew.Job(p.stem, w.name, w.passes, w.dtype, targets, seed))
+        alone = "huge" in w.tags
+        jobs.append(crew.Job(p.stem, w.name, w.passes, w.dtype, targets, seed, alone))
     if not jobs and selection:
         raise Stop(ENVIRONMENT, f"none of the workloads runs here: {skipped[0]['why']}")
 
@@ -559,7 +562,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _gated(
-    selection: "Sequence[tuple[Problem, Workload]]",
+    selection: Sequence[Pair],
     *,
     twins: Sequence[str] = TWINS,
     impls: dict[str, str] | None = None,
@@ -646,7 +649,7 @@ def _needs_hopper() -> None:
 
 
 def _timed(
-    selection: "Sequence[tuple[Problem, Workload]]",
+    selection: Sequence[Pair],
     *,
     twins: Sequence[str] = TWINS,
     impls: dict[str, str] | None = None,
@@ -721,7 +724,7 @@ def _show_bench(rows: list[dict], left: list[str]) -> None:
             console.print(f"Not timed: {name}: {row['note']}", markup=False)
     if left:
         console.print(
-            f"The budget is spent; {len(left)} are left, first {left[0]}: "
+            f"The budget is spent. Left: {len(left)}, first {left[0]}; "
             "`parity bench --resume` goes on.",
             markup=False,
         )
@@ -958,5 +961,5 @@ def _all(args: argparse.Namespace) -> int:
     return code
 
 
-def _worth_timing(w: "Workload") -> bool:
+def _worth_timing(w: "parity.spec.Workload") -> bool:
     return "model" in w.tags and "huge" not in w.tags

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from parity import record, timing
 from parity.record import Row
+from parity.spec import Problem, Workload
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from parity.spec import Problem, Workload
+    import rich.table
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / ".cache" / "results"  # the latest results of this machine; never committed
@@ -139,7 +138,7 @@ class Results:
     refused: tuple[tuple[str, int, str], ...]  # file, line, why
     checks: tuple[Row, ...]
     compiles: tuple[Row, ...]
-    problems: "tuple[Problem, ...]"
+    problems: tuple[Problem, ...]
 
     @staticmethod
     def here(root: Path = record.RECORDS, local: Path | None = None) -> "Results":
@@ -172,7 +171,7 @@ class Results:
         """The place of every problem, workload and pass."""
         return {(p.stem, w.name, which): i for i, (p, w, which) in enumerate(self._passes())}
 
-    def _passes(self) -> Iterator[tuple["Problem", "Workload", str]]:
+    def _passes(self) -> Iterator[tuple[Problem, Workload, str]]:
         for p in self.problems:
             for w in p.workloads:
                 for which in w.passes:
@@ -187,7 +186,7 @@ class Results:
         file = ROOT / (target.partition(":")[0].replace(".", "/") + ".py")
         return record.source_hash(file) if file.is_file() else ""
 
-    def coverage(self) -> Iterator[tuple["Problem", "Workload", str, dict[str, Cell]]]:
+    def coverage(self) -> Iterator[tuple[Problem, Workload, str, dict[str, Cell]]]:
         """Every pass of every workload: what is known of each twin, or why nothing is."""
         checks = {(r["device"], r["problem"], r["workload"], r["which"], r["impl"]): r
                   for r in self.checks}  # fmt: skip
@@ -204,7 +203,7 @@ class Results:
                 cells[twin] = self._cell(w, measured, checked, current[p.stem, twin])
             yield p, w, which, cells
 
-    def _cell(self, w: "Workload", measured: list[Row], checked: list[Row], source: str) -> Cell:
+    def _cell(self, w: Workload, measured: list[Row], checked: list[Row], source: str) -> Cell:
         for row in measured:
             if row["check"].startswith("fail"):
                 return Cell("red", row["check"].replace(":", ": "))
@@ -251,7 +250,7 @@ def _interval(us: timing.Interval) -> str:
 # Tables for a terminal.
 
 
-def table(*headings: str) -> "Table":
+def table(*headings: str) -> "rich.table.Table":
     """A plain table; a heading that starts with > is aligned to the right."""
     from rich import box
     from rich.table import Table
@@ -298,7 +297,7 @@ def ratio(row: Mapping[str, Any]) -> str:
     return f"{error / yardstick:.2f}" if error / yardstick < 1000 else f"{error / yardstick:.1e}"
 
 
-def check_table(rows: Sequence[Mapping[str, Any]], width: int) -> "Table":
+def check_table(rows: Sequence[Mapping[str, Any]], width: int) -> "rich.table.Table":
     wide = width >= 100
     headings = ["problem", "workload", "pass", "twin", "verdict", ">error/yardstick"]
     made = table(*headings, *(("dtype", ">error", ">seconds") if wide else ()))
@@ -363,7 +362,7 @@ def compile_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def compile_table(rows: Sequence[Mapping[str, Any]], width: int) -> "Table":
+def compile_table(rows: Sequence[Mapping[str, Any]], width: int) -> "rich.table.Table":
     wide = width >= 100
     made = table(*(("workload", "pass") if wide else ()), "twin", *COMPILE_HEADINGS)
     previous: tuple = ()
@@ -395,11 +394,11 @@ def sentence_of_lines(lines: Sequence[Line]) -> str:
         if word in verdicts
     ]
     beside = f"; beside the best peer of each: {', '.join(counts)}" if counts else ""
-    failed = f" [bold red]{red} were not timed: their check is red.[/]" if red else ""
+    failed = f" [bold red]Not timed because their check is red: {red}.[/]" if red else ""
     return f"{timed} results of twins over {len(lines)} passes of workloads{beside}.{failed}"
 
 
-def bench_table(lines: Iterable[Line], width: int, *, peers: bool = True) -> "Table":
+def bench_table(lines: Iterable[Line], width: int, *, peers: bool = True) -> "rich.table.Table":
     made = table("workload", "pass", "impl", ">us [p10 p90]", ">% roof", ">x best peer", "verdict")
     if width < 100:
         made = table("workload", ">us [p10 p90]", ">% roof", ">x peer", "verdict")
@@ -446,7 +445,7 @@ def _in_order(rows: Mapping[str, Row]) -> list[tuple[str, Row]]:
     return sorted(rows.items(), key=place)
 
 
-def coverage_table(results: Results, width: int) -> "Table":
+def coverage_table(results: Results, width: int) -> "rich.table.Table":
     headings = ("workload", "pass", "dtype") if width >= 100 else ("workload", "pass")
     made = table(*headings, "triton", "pallas")
     colours = {"timed": "green", "green": "green", "red": "bold red", "stale": "yellow"}
@@ -732,7 +731,7 @@ def changes(old: record.Records, new: record.Records) -> list[Change]:
     return found
 
 
-def change_table(found: Sequence[Change], width: int) -> "Table":
+def change_table(found: Sequence[Change], width: int) -> "rich.table.Table":
     headings = (
         (">old us [p10 p90]", ">new us [p10 p90]") if width >= 100 else (">old us", ">new us")
     )

@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from io import BufferedWriter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +34,7 @@ class Job:
     dtype: str
     impls: Mapping[str, str]
     seed: int = 0
+    alone: bool = False  # in a fresh process: the memory pools of two frameworks leave no room
 
     @property
     def name(self) -> str:
@@ -87,7 +89,11 @@ def run(
                     detail = "not run: an earlier workload ran out of time"
                     events.put(Event(job, rows=tuple(_verdicts(job, "timeout", detail))))
                     continue
+                if job.alone:
+                    worker.stop(for_good=False)
                 rows = worker.check(job, lambda phrase, job=job: events.put(Event(job, phrase)))
+                if job.alone:
+                    worker.stop(for_good=False)
                 if give_up and any(row["reason"] == "timeout" for row in rows):
                     hung.set()
                 events.put(Event(job, rows=tuple(rows)))
@@ -125,7 +131,7 @@ class _Worker:
     """One child process, started when it is first needed and again after it died."""
 
     def __init__(
-        self, mode: str, timeout: float | None, give_up: bool, sink: IO[bytes] | None
+        self, mode: str, timeout: float | None, give_up: bool, sink: BufferedWriter | None
     ) -> None:
         self.mode, self.timeout, self.give_up, self.sink = mode, timeout, give_up, sink
         self.process: subprocess.Popen | None = None
@@ -285,7 +291,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _say(stream: IO[str], message: Mapping[str, Any]) -> None:
+def _say(stream: Any, message: Mapping[str, Any]) -> None:
     stream.write(json.dumps(finite(message)) + "\n")
     stream.flush()
 

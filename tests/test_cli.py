@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from parity import cli, doctor, record, report, workers
+from parity import bench, cli, doctor, frameworks, record, report, timing, workers
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = doctor.Machine((), "", "no NVIDIA driver")
@@ -320,6 +321,74 @@ def row(us: float, **more) -> dict:
         "source": "abc",
         "when": "2026-01-01T00:00:00+00:00",
     } | more
+
+
+class FakeCampaign:
+    """Measures nothing: the first step is timed, the budget never reaches the second one."""
+
+    asked: ClassVar[list[dict]] = []
+
+    def __init__(self, pairs, **how):
+        self.asked.append({"pairs": pairs, **how})
+        self.red = "red" in str(how["out"])
+        steps = [bench.Step(p, w, which) for p, w in pairs for which in w.passes]
+        self.standing, self.left = steps[2:], steps[:2]
+
+    def __iter__(self):
+        step = self.left.pop(0)
+        place = {"problem": step.problem.stem, "workload": step.work.name, "pass": step.which}
+        yield row(100.0, **place)
+        yield row(110.0, **place, impl="peer:cublas", check="none")
+        red = {"us": None, "roof": None, "check": "fail:tile", "note": "c: tile 3 is off"}
+        yield row(100.0, **place, impl="pallas") | (red if self.red else {})
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    monkeypatch.setattr(doctor, "machine", lambda: H200)
+    monkeypatch.setattr(frameworks, "gpu", lambda: None)
+    monkeypatch.setattr(bench, "Campaign", FakeCampaign)
+    monkeypatch.setattr(bench.Machine, "here", lambda: None)
+    monkeypatch.setattr(FakeCampaign, "asked", [])
+    return FakeCampaign.asked
+
+
+def test_bench_shows_rows_and_says_what_is_left(hopper, capsys):
+    assert parity("bench", "matmul", "--budget", "9m", "--resume", "--no-peers") == 0
+    out, err = capsys.readouterr()
+    assert "FASTER" in out and "gemm_8192" in out and "100 [99.0 101]" in out
+    assert "Left: 1, first matmul gemm_8192 bwd" in out and "--resume" in out
+    assert "bench 7/8" in err
+    (asked,) = hopper
+    assert not any("huge" in w.tags for _, w in asked["pairs"])
+    assert asked["resume"] and not asked["peers"] and 500 < asked["budget"] <= 540
+    assert asked["out"] is None and set(asked["impls"]) == {"triton", "pallas"}
+
+
+def test_bench_refuses_what_is_red(hopper, tmp_path, capsys):
+    out = tmp_path / "red.jsonl"
+    assert parity("bench", "matmul", "-w", "gemm_4096", "--out", str(out), "--json") == 1
+    said = json.loads(capsys.readouterr().out)
+    assert not said["ok"] and said["rows"][2]["check"] == "fail:tile"
+    assert parity("bench", "matmul", "-w", "ci") == 2
+
+
+def test_someones_kernel_never_lands_among_the_records(hopper, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.touch()
+    assert parity("bench", "matmul", "--impl", f"{file}:matmul", "--as", "pallas") == 0
+    (asked,) = hopper
+    assert asked["impls"] == {"pallas": f"{file}:matmul"}
+    assert asked["out"].parent == report.LOCAL
+
+
+def test_a_profiler_that_sees_nothing_is_the_machines_fault(hopper, monkeypatch, capsys):
+    def blind():
+        raise timing.NothingSeen("the profiler saw no kernel at all")
+
+    monkeypatch.setattr(bench.Machine, "here", blind)
+    assert parity("bench") == 3
+    assert "parity doctor" in capsys.readouterr().err
 
 
 # The doctor
