@@ -28,13 +28,13 @@ def _rows(R: int, N: int, *tags: str, residual: bool = False, **more) -> Workloa
 
 
 WORKLOADS = (
-    Workload("ci", {"R": 37, "N": 1000}, "float16", ("ci",), {"eps": 1e-5}, RESIDUAL),
-    Workload("ci_residual", {"R": 21, "N": 520}, "float16", ("ci",), {"w_offset": 1.0}),
-    Workload("ci_float32", {"R": 19, "N": 259}, "float32", ("ci",)),
+    Workload("ci", {"R": 17, "N": 1000}, "float16", ("ci",), {"eps": 1e-5}, RESIDUAL),
+    Workload("ci_residual", {"R": 11, "N": 520}, "float16", ("ci",), {"w_offset": 1.0}),
+    Workload("ci_float32", {"R": 13, "N": 259}, "float32", ("ci",)),
     Workload(
-        "ci_cast", {"R": 11, "N": 328}, "float16", ("ci",), {"cast_before_weight": True}, RESIDUAL
+        "ci_cast", {"R": 9, "N": 328}, "float16", ("ci",), {"cast_before_weight": True}, RESIDUAL
     ),
-    Workload("ci_long_row", {"R": 7, "N": 20_008}, "float16", ("ci",), {}, RESIDUAL),
+    Workload("ci_long_row", {"R": 5, "N": 20_008}, "float16", ("ci",), {}, RESIDUAL),
     _rows(16384, 4096),
     _rows(16384, 4096, residual=True),
     _rows(8192, 8192),
