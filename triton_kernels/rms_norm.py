@@ -32,13 +32,14 @@ from torch.autograd.function import once_differentiable
 from . import _lib
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHUNKS = 8  # of block_n columns, whose dw one program of the backward keeps in registers
 
 
 @dataclass(frozen=True)
 class Config:
     """Tile sizes and resources of the kernels; beyond the last bits the result ignores them.
 
-    block_m: rows of a tile.
+    block_m: rows of a tile; the backward takes longer rows than block_n one by one.
     block_n: columns of a tile. A row that is longer is read twice, in chunks of block_n.
     stages: tiles in flight or in use; 1 leaves that to the programs that share a multiprocessor.
     warps: warps of a program.
@@ -60,41 +61,52 @@ class Config:
 
 
 def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Config:
-    """The Config for R rows of N columns; which: "fwd" or "bwd"."""
-    del R, dtype
+    """The Config for R rows of N columns on a Hopper; which: "fwd" or "bwd"."""
     block_n = max(64, _lib.power_of_2(N))
-    if which == "fwd":
-        if N > 32768:
-            return Config(1, 16384, stages=1, warps=32)
-        # 16 elements of a row for each thread: two loads of 16 bytes in flight
-        return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 1024)))
-    if N > 16384:
-        return Config(1, 16384, stages=1, warps=16, programs=1)
-    return Config(max(1, 2048 // block_n), block_n, 3, min(16, max(4, block_n // 512)), 1)
+    if which == "bwd":
+        if block_n * dtype.itemsize > 16384:
+            # The dw of a row takes up to half of the registers, 64 for each thread of 16 warps.
+            return Config(1, 4096, warps=16, programs=1)
+        # Tiles of 8192 elements, 16 for each thread, and fewer where programs would find no rows.
+        # Two tiles are on their way to shared memory while one is worked on.
+        block_m = min(8192 // block_n, _lib.power_of_2(_lib.cdiv(R, 132)))
+        return Config(block_m, block_n, 3 if _lib.has_tma() else 1, warps=16, programs=1)
+    if block_n * dtype.itemsize > 65536:
+        return Config(1, 16384, warps=32, programs=1)
+    # 32 elements of a row for each thread: four loads of 16 bytes in flight
+    return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 1024)))
 
 
 @triton.jit
-def _load_h(x, residual, offsets, inside, has_residual: tl.constexpr):
+def _weight(w, w_offset: tl.constexpr):
+    """The weight that multiplies, in float32."""
+    w = w.to(tl.float32)
+    if w_offset != 0.0:
+        w += w_offset
+    return w
+
+
+@triton.jit
+def _load_h(x, residual, offsets, inside, has_residual: tl.constexpr, policy: tl.constexpr):
     """The normalised quantity, rounded as it is stored, in float32."""
-    h = tl.load(x + offsets, mask=inside, other=0.0)
+    h = tl.load(x + offsets, mask=inside, other=0.0, eviction_policy=policy)
     if has_residual:
-        added = h.to(tl.float32) + tl.load(residual + offsets, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        r = tl.load(residual + offsets, mask=inside, other=0.0, eviction_policy=policy)
+        added = h.to(tl.float32) + r.to(tl.float32)
         h = added.to(h.dtype)
     return h.to(tl.float32)
 
 
 @triton.jit
 def _store_y(
-    y, h_out, offsets, inside, h, rstd, w, w_offset,
-    has_residual: tl.constexpr, cast_before_weight: tl.constexpr,
+    y, h_out, offsets, inside, h, rstd, w,
+    w_offset: tl.constexpr, has_residual: tl.constexpr, cast_before_weight: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = y.dtype.element_ty
     xh = h * rstd
     if cast_before_weight:
         xh = xh.to(dtype).to(tl.float32)
-    tl.store(y + offsets, (xh * (w.to(tl.float32) + w_offset)).to(dtype), mask=inside)
+    tl.store(y + offsets, (xh * _weight(w, w_offset)).to(dtype), mask=inside)
     if has_residual:
         tl.store(h_out + offsets, h.to(dtype), mask=inside)
 
@@ -107,18 +119,17 @@ def _rms_norm_fwd_kernel(
     y_ptr,  # [R, N]
     h_ptr,  # [R, N] or None
     rstd_ptr,  # [R]
-    R, N, stride_xr, stride_rr, eps, w_offset,
-    cast_before_weight: tl.constexpr,
+    R, N, stride_xr, stride_rr, eps,
+    w_offset: tl.constexpr, cast_before_weight: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     has_residual: tl.constexpr = residual_ptr is not None
+    outer: tl.constexpr = stages if whole else 1
     n = tl.arange(0, block_n)[None, :]
-    if whole:
-        w = tl.load(w_ptr + n, mask=n < N, other=0.0)  # [1, block_n]
     num_m = tl.cdiv(R, block_m)
-    # disable_licm: w waits in its own dtype, in half the registers.
+    # disable_licm: kept over all rows, w would take registers that a long row needs.
     for mi in tl.range(
-        tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages, disable_licm=True
+        tl.program_id(0), num_m, tl.num_programs(0), num_stages=outer, disable_licm=True
     ):
         # --- 1. which tile
         m = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
@@ -131,13 +142,14 @@ def _rms_norm_fwd_kernel(
         # --- 2. main loop
         if whole:
             inside = (rows < R) & (n < N)
-            h = _load_h(x, residual, n, inside, has_residual)  # [block_m, block_n]
+            h = _load_h(x, residual, n, inside, has_residual, "")  # [block_m, block_n]
+            w = tl.load(w_ptr + n, mask=n < N, other=0.0)  # [1, block_n]
             squares = h * h
         else:
             squares = tl.zeros((block_m, block_n), tl.float32)
-            for n0 in tl.range(0, N, block_n):
+            for n0 in tl.range(0, N, block_n, num_stages=stages):
                 inside = (rows < R) & (n0 + n < N)
-                h = _load_h(x, residual, n0 + n, inside, has_residual)
+                h = _load_h(x, residual, n0 + n, inside, has_residual, "evict_last")
                 squares += h * h
 
         # --- 3. epilogue
@@ -151,14 +163,46 @@ def _rms_norm_fwd_kernel(
         else:
             # Backwards: the chunks read last are the ones still in the caches.
             last = (N - 1) // block_n * block_n
-            for back in tl.range(0, N, block_n):
+            for back in tl.range(0, N, block_n, num_stages=stages):
                 cols = last - back + n
                 inside = (rows < R) & (cols < N)
-                h = _load_h(x, residual, cols, inside, has_residual)
+                h = _load_h(x, residual, cols, inside, has_residual, "evict_first")
                 w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
                 _store_y(
                     y, h_out, cols, inside, h, rstd, w, w_offset, has_residual, cast_before_weight
                 )
+
+
+@triton.jit
+def _load_hdy(h_rows, dy_rows, cols, inside, policy: tl.constexpr):
+    """h and dy as they are stored."""
+    h = tl.load(h_rows + cols, inside, 0.0, eviction_policy=policy)
+    dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy=policy)
+    return h, dy
+
+
+@triton.jit
+def _products(h, dy, w, w_offset: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr):
+    """g * h, summed over runs of 8 columns, which one thread holds: [block_m, block_n / 8].
+
+    Their sum along a row is the mean of g * xh, but for a factor.
+    """
+    products = h.to(tl.float32) * (dy.to(tl.float32) * _weight(w, w_offset))
+    return tl.sum(tl.reshape(products, (block_m, block_n // 8, 8)), 2)
+
+
+@triton.jit
+def _store_dx(
+    dx_rows, dh_rows, cols, inside, h, dy, w, rstd, mean,
+    w_offset: tl.constexpr,
+):  # fmt: skip
+    """Stores dx and returns this tile's terms of dw."""
+    xh = h.to(tl.float32) * rstd
+    dx = rstd * (dy.to(tl.float32) * _weight(w, w_offset) - xh * mean)
+    if dh_rows is not None:
+        dx += tl.load(dh_rows + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_rows + cols, dx.to(dx_rows.dtype.element_ty), mask=inside)
+    return dy.to(tl.float32) * xh
 
 
 @triton.jit
@@ -170,63 +214,100 @@ def _rms_norm_bwd_kernel(
     dh_ptr,  # [R, N] or None
     dx_ptr,  # [R, N]
     dw_ptr,  # [programs, N] float32: this program's row of partial sums
-    R, N, stride_hr, stride_dyr, stride_dhr, w_offset,
-    block_m: tl.constexpr, block_n: tl.constexpr, num_n: tl.constexpr, stages: tl.constexpr,
+    R, N, stride_hr, stride_dyr, stride_dhr, w_offset: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, chunks: tl.constexpr, groups: tl.constexpr,
+    even: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    # A program answers for block_n columns, whose dw it keeps in registers. The others it reads only
-    # for the mean, at about the time when their own programs read them: from L2.
-    ni = tl.program_id(1)
-    cols = ni * block_n + tl.arange(0, block_n)[None, :]
-    if num_n == 1:
-        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
-    dw = tl.zeros((block_m, block_n), tl.float32)
-    num_m = tl.cdiv(R, block_m)
-    for mi in tl.range(
-        tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages, disable_licm=True
-    ):
-        # --- 1. which tile
-        m = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
-        rows = m[:, None]
-        h_rows, dy_rows = h_ptr + rows * stride_hr, dy_ptr + rows * stride_dyr
-        inside = (rows < R) & (cols < N)
+    has_dh: tl.constexpr = dh_ptr is not None
+    # This program stores dx and sums dw of `chunks` tiles along n, from the first on. A row has
+    # more where its dw would not fit the registers: then `groups` programs walk over the same rows.
+    first = 0 if groups == 1 else tl.program_id(1) * chunks
+    n = tl.arange(0, block_n)[None, :]
+    dw = ()
+    for _ in tl.static_range(chunks):
+        dw = dw + (tl.zeros((block_m, block_n), tl.float32),)  # noqa: RUF005
+    if whole:
+        w = tl.load(w_ptr + n, mask=n < N, other=0.0)
+        num_m = tl.cdiv(R, block_m)
+        # disable_licm: w waits in its own dtype, in half the registers.
+        for mi in tl.range(
+            tl.program_id(0), num_m, tl.num_programs(0), num_stages=stages, disable_licm=True
+        ):
+            # --- 1. which tile
+            rows = (mi * block_m + tl.arange(0, block_m)[:, None]).to(tl.int64)
+            inside = (rows < R) & (n < N)
+            dh_rows = dh_ptr + rows * stride_dhr if has_dh else None
+            # --- 2. main loop
+            h, dy = _load_hdy(h_ptr + rows * stride_hr, dy_ptr + rows * stride_dyr, n, inside, "")
+            total = tl.sum(_products(h, dy, w, w_offset, block_m, block_n), 1)[:, None]
+            # --- 3. epilogue
+            rstd = tl.load(rstd_ptr + rows, mask=rows < R, other=0.0)
+            mean = total * rstd / N
+            # --- 4. store
+            terms = _store_dx(dx_ptr + rows * N, dh_rows, n, inside, h, dy, w, rstd, mean, w_offset)
+            dw = (dw[0] + terms,)
+    else:
+        # One row at a time, block_m = 1. While its chunks are read a second time, from L1, and its
+        # dx is stored, those of the next row arrive for the first time.
+        row = tl.program_id(0).to(tl.int64)
+        products = tl.zeros((1, block_n // 8), tl.float32)
+        for n0 in tl.range(0, N, block_n):
+            inside = n0 + n < N
+            w = tl.load(w_ptr + n0 + n, mask=inside, other=0.0)
+            h, dy = _load_hdy(
+                h_ptr + row * stride_hr, dy_ptr + row * stride_dyr, n0 + n, inside, "evict_last"
+            )
+            products += _products(h, dy, w, w_offset, 1, block_n)
+        for _ in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=1):
+            rstd = tl.load(rstd_ptr + row)
+            mean = tl.sum(products) * rstd / N
+            products = tl.zeros((1, block_n // 8), tl.float32)
+            next_row = row + tl.num_programs(0)
+            h_row, dy_row = h_ptr + row * stride_hr, dy_ptr + row * stride_dyr
+            next_h_row, next_dy_row = h_ptr + next_row * stride_hr, dy_ptr + next_row * stride_dyr
+            dh_row = dh_ptr + row * stride_dhr if has_dh else None
+            if groups > 1:
+                for step in tl.range(chunks, tl.cdiv(N, block_n)):
+                    cols = (first + step) % tl.cdiv(N, block_n) * block_n + n
+                    inside = (next_row < R) & (cols < N)
+                    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
+                    h, dy = _load_hdy(next_h_row, next_dy_row, cols, inside, "evict_last")
+                    products += _products(h, dy, w, w_offset, 1, block_n)
+            later = first * block_n + n
+            ahead_h, ahead_dy = _load_hdy(
+                next_h_row,
+                next_dy_row,
+                later,
+                (next_row < R) & (later >= 0 if even else later < N),
+                "evict_last",
+            )
+            for ni in tl.static_range(chunks):
+                cols = (first + ni) * block_n + n
+                # Where block_n divides N, whether columns exist is no question, nor a register.
+                exist = cols >= 0 if even else cols < N
+                came_h, came_dy = ahead_h, ahead_dy
+                if ni + 1 < chunks:
+                    later = cols + block_n
+                    ahead_h, ahead_dy = _load_hdy(
+                        next_h_row,
+                        next_dy_row,
+                        later,
+                        (next_row < R) & (later >= 0 if even else later < N),
+                        "evict_last",
+                    )
+                h, dy = _load_hdy(h_row, dy_row, cols, exist, "evict_first")
+                w = tl.load(w_ptr + cols, mask=exist, other=0.0)
+                terms = _store_dx(
+                    dx_ptr + row * N, dh_row, cols, exist, h, dy, w, rstd, mean, w_offset
+                )
+                dw = dw[:ni] + (dw[ni] + terms,) + dw[ni + 1 :]  # noqa: RUF005
+                products += _products(came_h, came_dy, w, w_offset, 1, block_n)
+            row = next_row
 
-        # --- 2. main loop
-        h = tl.load(h_rows + cols, mask=inside, other=0.0)
-        dy = tl.load(dy_rows + cols, mask=inside, other=0.0)
-        if num_n > 1:
-            w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
-        products = h.to(tl.float32) * (dy.to(tl.float32) * (w.to(tl.float32) + w_offset))
-        for step in tl.static_range(1, num_n):
-            others = (ni + step) % num_n * block_n + tl.arange(0, block_n)[None, :]
-            seen = (rows < R) & (others < N)
-            other_w = tl.load(w_ptr + others, mask=others < N, other=0.0)
-            other_h = tl.load(h_rows + others, mask=seen, other=0.0)
-            other_dy = tl.load(dy_rows + others, mask=seen, other=0.0)
-            g = other_dy.to(tl.float32) * (other_w.to(tl.float32) + w_offset)
-            products += other_h.to(tl.float32) * g
-
-        # --- 3. epilogue
-        rstd = tl.load(rstd_ptr + m, mask=m < R, other=0.0)  # [block_m]
-        mean = (rstd * tl.sum(products, 1) / N)[:, None]
-        rstd = rstd[:, None]
-        if num_n > 1:
-            # There are too many columns to hold: read this program's own again, from L1. (Another
-            # eviction policy, lest the compiler take this for the load above.)
-            h = tl.load(h_rows + cols, mask=inside, other=0.0, eviction_policy="evict_first")
-            dy = tl.load(dy_rows + cols, mask=inside, other=0.0, eviction_policy="evict_first")
-            w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
-        xh = h.to(tl.float32) * rstd
-        dx = rstd * (dy.to(tl.float32) * (w.to(tl.float32) + w_offset) - xh * mean)
-        dw += dy.to(tl.float32) * xh
-        if dh_ptr is not None:
-            dh = tl.load(dh_ptr + rows * stride_dhr + cols, mask=inside, other=0.0)
-            dx += dh.to(tl.float32)
-
-        # --- 4. store
-        tl.store(dx_ptr + rows * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-    partial = dw_ptr + tl.program_id(0).to(tl.int64) * N + cols
-    tl.store(partial, tl.sum(dw, 0)[None, :], mask=cols < N)
+    for ni in tl.static_range(chunks):
+        cols = (first + ni) * block_n + n
+        partial = dw_ptr + tl.program_id(0).to(tl.int64) * N + cols
+        tl.store(partial, tl.sum(dw[ni], 0)[None, :], mask=cols < N)
 
 
 @triton.jit
@@ -311,14 +392,18 @@ def _backward(
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(R, N, h.dtype, "bwd")
         programs = min(_lib.cdiv(R, tiles.block_m), max(1, tiles.programs) * _lib.num_sms())
-        num_n = _lib.cdiv(N, tiles.block_n)
-        sms = _lib.num_sms()
-        programs = min(_lib.cdiv(R, tiles.block_m), max(1, max(1, tiles.programs) * sms // num_n))
+        chunks = min(CHUNKS, _lib.cdiv(N, tiles.block_n))
+        groups = _lib.cdiv(N, chunks * tiles.block_n)
+        resident = max(1, max(1, tiles.programs) * _lib.num_sms() // groups)
+        block_m = tiles.block_m if N <= tiles.block_n else 1
+        programs = min(_lib.cdiv(R, block_m), resident)
         partial = h.new_empty(programs, N, dtype=torch.float32)
-        _rms_norm_bwd_kernel[(programs, num_n)](
+        _rms_norm_bwd_kernel[(programs, groups)](
             h, w, rstd, dy, dh, dx, partial, R, N,
             h.stride(0), dy.stride(0), 0 if dh is None else dh.stride(0), w_offset,
-            tiles.block_m, tiles.block_n, num_n, tiles.stages, num_warps=tiles.warps,
+            block_m, tiles.block_n, chunks, groups,
+            N % tiles.block_n == 0, N <= tiles.block_n, tiles.stages,
+            num_warps=tiles.warps,
         )  # fmt: skip
         # 32 columns are one 128-byte line of float32; 64 rows of them keep 4 warps busy.
         _rms_norm_dw_kernel[(_lib.cdiv(N, 32),)](partial, dw, programs, N, 64, 32, num_warps=4)

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from . import _lib
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -56,167 +57,168 @@ class Config:
 
 
 def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Config:
-    """The Config for R rows of N columns; which: "fwd" or "bwd" (which holds two rows, not one)."""
-    del R, dtype
-    if N > 65536:
-        return Config(1, 16384, stages=1, warps=32)
+    """The Config for R rows of N columns on a Hopper; which: "fwd" or "bwd"."""
+    del R
     block_n = max(64, _lib.power_of_2(N))
-    # 16 elements of a row for each thread: two loads of 16 bytes in flight
-    warps = min(32, max(4, block_n // 1024))
-    return Config(max(1, 2048 // block_n), block_n, stages=1, warps=warps)
+    row = block_n * dtype.itemsize  # bytes
+    if row <= 32768:
+        # 16 elements of a row for each thread: two loads of 16 bytes in flight, and several
+        # programs on a multiprocessor, of which some load, some compute and some store.
+        return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 512)))
+    if row <= 65536 and which == "fwd" and _lib.has_tma():
+        # One row fills the registers: two more are on their way to shared memory meanwhile.
+        return Config(1, block_n, stages=3, warps=32, programs=1)
+    if row <= 65536:
+        # Two rows at a time on a multiprocessor: their second read finds them in L1.
+        return Config(1, 8192, warps=16, programs=2)
+    return Config(1, 16384, warps=32)
 
 
 @triton.jit
-def _keep(
-    rows, n, mask_ptr, R, N, stride_mr, causal_offset, masked: tl.constexpr, causal: tl.constexpr
-):
-    """Which elements of a tile exist and are kept. [block_m, block_n]"""
-    keep = (rows[:, None] < R) & (n[None, :] < N)
+def _scores(
+    x_ptr, mask_ptr, m, n, R, N, stride_xr, stride_mr, scale, causal_offset,
+    masked: tl.constexpr, causal: tl.constexpr, rising: tl.constexpr, policy: tl.constexpr,
+):  # fmt: skip
+    """scale * x at rows m and columns n, -inf where nothing is or nothing is kept.
+
+    scale holds a factor log2(e): exp2 is one instruction, exp is several.
+    """
+    rows = m.to(tl.int64)[:, None]
+    keep = (m[:, None] < R) & (n[None, :] < N)
+    x = tl.load(x_ptr + rows * stride_xr + n[None, :], keep, float("-inf"), eviction_policy=policy)
+    s = x.to(tl.float32) * scale
     if causal:
-        keep = keep & (n[None, :] <= rows[:, None] + causal_offset)
+        keep = keep & (n[None, :] <= (m + causal_offset)[:, None])
     if masked:
-        keep = keep & (
-            tl.load(mask_ptr + rows[:, None] * stride_mr + n[None, :], mask=keep, other=0) != 0
-        )
-    return keep
+        keep = keep & tl.load(mask_ptr + rows * stride_mr + n[None, :], keep, 0).to(tl.int1)
+    # Masked before exp: what x holds there never matters. A positive scale alone keeps -inf.
+    if causal or masked or not rising:
+        s = tl.where(keep, s, float("-inf"))
+    return s
 
 
 @triton.jit
 def _softmax_fwd_kernel(
-    x_ptr, mask_ptr, y_ptr, R, N, stride_xr, stride_mr, scale, causal_offset,
-    masked: tl.constexpr, causal: tl.constexpr,
+    x_ptr,  # [R, N]
+    mask_ptr,  # [R, N] uint8 or None
+    y_ptr,  # [R, N]
+    R, N, stride_xr, stride_mr, scale, causal_offset,
+    causal: tl.constexpr, rising: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    n = tl.arange(0, block_n)
-    for mi in tl.range(
-        tl.program_id(0), tl.cdiv(R, block_m), tl.num_programs(0), num_stages=stages
-    ):
+    masked: tl.constexpr = mask_ptr is not None
+    outer: tl.constexpr = stages if whole else 1
+    num_m = tl.cdiv(R, block_m)
+    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=outer):
         # --- 1. which tile
-        rows = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
-        x_rows = x_ptr + rows[:, None] * stride_xr
-        y_rows = y_ptr + rows[:, None] * N
-        exists = rows[:, None] < R
+        m = mi * block_m + tl.arange(0, block_m)
+        n = tl.arange(0, block_n)
+        y_rows = y_ptr + m.to(tl.int64)[:, None] * N
 
         # --- 2. main loop
         if whole:
-            inside = exists & (n[None, :] < N)
-            x = tl.load(x_rows + n[None, :], mask=inside, other=0.0).to(tl.float32)
-            keep = _keep(rows, n, mask_ptr, R, N, stride_mr, causal_offset, masked, causal)
-            # Masked before exp: what x holds there never matters.
-            s = tl.where(keep, x * scale, float("-inf"))  # [block_m, block_n]
+            s = _scores(
+                x_ptr, mask_ptr, m, n, R, N, stride_xr, stride_mr, scale, causal_offset,
+                masked, causal, rising, "",
+            )  # [block_m, block_n]  # fmt: skip
             top = tl.max(s, 1)
             top = tl.where(top == float("-inf"), 0.0, top)
-            e = tl.exp(s - top[:, None])
+            e = tl.exp2(s - top[:, None])
             total = tl.sum(e, 1)
         else:
             # Each run of 8 columns has its own maximum and sum: no thread waits for another.
             run_max = tl.full((block_m, block_n // 8), float("-inf"), tl.float32)
             run_sum = tl.zeros((block_m, block_n // 8), tl.float32)
-            for n0 in tl.range(0, N, block_n):
-                inside = exists & (n0 + n[None, :] < N)
-                x = tl.load(
-                    x_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_last"
-                )
-                keep = _keep(rows, n0 + n, mask_ptr, R, N, stride_mr, causal_offset, masked, causal)
-                s = tl.where(keep, x.to(tl.float32) * scale, float("-inf"))
+            for n0 in tl.range(0, N, block_n, num_stages=stages):
+                s = _scores(
+                    x_ptr, mask_ptr, m, n0 + n, R, N, stride_xr, stride_mr, scale, causal_offset,
+                    masked, causal, rising, "evict_last",
+                )  # fmt: skip
                 s = tl.reshape(s, (block_m, block_n // 8, 8))
                 new_max = tl.maximum(run_max, tl.max(s, 2))
                 base = tl.where(new_max == float("-inf"), 0.0, new_max)
-                run_sum = run_sum * tl.exp(run_max - base) + tl.sum(tl.exp(s - base[:, :, None]), 2)
+                run_sum = run_sum * tl.exp2(run_max - base) + tl.sum(
+                    tl.exp2(s - base[:, :, None]), 2
+                )
                 run_max = new_max
             top = tl.max(run_max, 1)
             top = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(run_sum * tl.exp(run_max - top[:, None]), 1)
+            total = tl.sum(run_sum * tl.exp2(run_max - top[:, None]), 1)
 
         # --- 3. epilogue
         # A row that keeps nothing has total 0, and every e is 0.
-        norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+        norm = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
 
         # --- 4. store
         if whole:
-            y = e * norm[:, None]
-            tl.store(y_rows + n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+            y = (e * norm).to(y_ptr.dtype.element_ty)
+            tl.store(y_rows + n[None, :], y, mask=(m[:, None] < R) & (n[None, :] < N))
         else:
+            # Backwards: the chunks read last are the ones still in the caches.
             last = (N - 1) // block_n * block_n
-            for back in tl.range(0, N, block_n):
-                n0 = last - back
-                inside = exists & (n0 + n[None, :] < N)
-                x = tl.load(
-                    x_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-                )
-                keep = _keep(rows, n0 + n, mask_ptr, R, N, stride_mr, causal_offset, masked, causal)
-                s = tl.where(keep, x.to(tl.float32) * scale, float("-inf"))
-                y = tl.exp(s - top[:, None]) * norm[:, None]
-                tl.store(
-                    y_rows + n0 + n[None, :],
-                    y.to(y_ptr.dtype.element_ty),
-                    mask=inside,
-                    eviction_policy="evict_first",
-                )
+            for back in tl.range(0, N, block_n, num_stages=stages):
+                cols = last - back + n
+                s = _scores(
+                    x_ptr, mask_ptr, m, cols, R, N, stride_xr, stride_mr, scale, causal_offset,
+                    masked, causal, rising, "evict_first",
+                )  # fmt: skip
+                y = (tl.exp2(s - top[:, None]) * norm).to(y_ptr.dtype.element_ty)
+                inside = (m[:, None] < R) & (cols[None, :] < N)
+                tl.store(y_rows + cols[None, :], y, mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
 def _softmax_bwd_kernel(
-    y_ptr, dy_ptr, dx_ptr, R, N, stride_yr, stride_dyr, scale,
+    y_ptr,  # [R, N]
+    dy_ptr,  # [R, N]
+    dx_ptr,  # [R, N]
+    R, N, stride_yr, stride_dyr, scale,
     block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    n = tl.arange(0, block_n)
-    for mi in tl.range(
-        tl.program_id(0), tl.cdiv(R, block_m), tl.num_programs(0), num_stages=stages
-    ):
+    outer: tl.constexpr = stages if whole else 1
+    num_m = tl.cdiv(R, block_m)
+    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=outer):
         # --- 1. which tile
-        rows = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
-        y_rows = y_ptr + rows[:, None] * stride_yr
-        dy_rows = dy_ptr + rows[:, None] * stride_dyr
-        dx_rows = dx_ptr + rows[:, None] * N
-        exists = rows[:, None] < R
+        m = mi * block_m + tl.arange(0, block_m)[:, None]
+        n = tl.arange(0, block_n)[None, :]
+        rows = m.to(tl.int64)
+        y_rows, dy_rows = y_ptr + rows * stride_yr, dy_ptr + rows * stride_dyr
+        dx_rows = dx_ptr + rows * N
 
         # --- 2. main loop
-        # Where y is 0, masked or not, dy has no say: it may hold anything.
         if whole:
-            inside = exists & (n[None, :] < N)
-            y = tl.load(y_rows + n[None, :], mask=inside, other=0.0).to(tl.float32)
-            dy = tl.load(dy_rows + n[None, :], mask=inside, other=0.0).to(tl.float32)
-            dot = tl.sum(tl.where(y == 0.0, 0.0, y * dy), 1)
+            inside = (m < R) & (n < N)
+            y = tl.load(y_rows + n, mask=inside, other=0.0).to(tl.float32)
+            dy = tl.load(dy_rows + n, mask=inside, other=0.0).to(tl.float32)
+            products = y * dy
         else:
-            dots = tl.zeros((block_m, block_n), tl.float32)
-            for n0 in tl.range(0, N, block_n):
-                inside = exists & (n0 + n[None, :] < N)
-                y = tl.load(
-                    y_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_last"
-                ).to(tl.float32)
-                dy = tl.load(
-                    dy_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_last"
-                ).to(tl.float32)
-                dots += tl.where(y == 0.0, 0.0, y * dy)
-            dot = tl.sum(dots, 1)
+            products = tl.zeros((block_m, block_n), tl.float32)
+            for n0 in tl.range(0, N, block_n, num_stages=stages):
+                cols = n0 + n
+                inside = (m < R) & (cols < N)
+                y = tl.load(y_rows + cols, inside, 0.0, eviction_policy="evict_last")
+                dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy="evict_last")
+                products += y.to(tl.float32) * dy.to(tl.float32)
 
         # --- 3. epilogue
         # The row's share of the gradient, which keeps the sum of y at 1.
-        dot = dot[:, None]
+        dot = tl.sum(products, 1)[:, None]
 
         # --- 4. store
         if whole:
-            dx = tl.where(y == 0.0, 0.0, scale * y * (dy - dot))
-            tl.store(dx_rows + n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            dx = scale * y * (dy - dot)
+            tl.store(dx_rows + n, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         else:
+            # Backwards: the chunks read last are the ones still in the caches.
             last = (N - 1) // block_n * block_n
-            for back in tl.range(0, N, block_n):
-                n0 = last - back
-                inside = exists & (n0 + n[None, :] < N)
-                y = tl.load(
-                    y_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-                ).to(tl.float32)
-                dy = tl.load(
-                    dy_rows + n0 + n[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-                ).to(tl.float32)
-                dx = tl.where(y == 0.0, 0.0, scale * y * (dy - dot))
-                tl.store(
-                    dx_rows + n0 + n[None, :],
-                    dx.to(dx_ptr.dtype.element_ty),
-                    mask=inside,
-                    eviction_policy="evict_first",
-                )
+            for back in tl.range(0, N, block_n, num_stages=stages):
+                cols = last - back + n
+                inside = (m < R) & (cols < N)
+                y = tl.load(y_rows + cols, inside, 0.0, eviction_policy="evict_first")
+                dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy="evict_first")
+                dx = scale * y.to(tl.float32) * (dy.to(tl.float32) - dot)
+                dx = dx.to(dx_ptr.dtype.element_ty)
+                tl.store(dx_rows + cols, dx, mask=inside, eviction_policy="evict_first")
 
 
 def _programs(R: int, config: Config) -> int:
@@ -247,10 +249,10 @@ def _forward(
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(R, N, x.dtype, "fwd")
         _softmax_fwd_kernel[(_programs(R, tiles),)](
-            x, mask, y, R, N, x.stride(0), 0 if mask is None else mask.stride(0), scale,
+            x, mask, y, R, N, x.stride(0), 0 if mask is None else mask.stride(0), scale * LOG2_E,
             # Beyond these bounds all or nothing is kept.
             0 if causal_offset is None else max(-R, min(N, causal_offset)),
-            mask is not None, causal_offset is not None,
+            causal_offset is not None, scale > 0.0,
             tiles.block_m, tiles.block_n, N <= tiles.block_n, tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
     return y
