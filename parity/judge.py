@@ -95,7 +95,7 @@ def judge(
         stored = _stored(xp, rb, spec.dtype)
         wrong = ~_same_kind(xp, yb, rb, stored)
         if bool(xp.any(wrong)):
-            at = _first(xp, wrong, start, spec.shape)
+            at = _first(xp, wrong, start)
             got, want = (float(v[at[0] - start, at[1]]) for v in (yb, rb))
             # a leftover NaN is unwritten memory
             reason = "zeros" if want == 0 or got == 0 else "nonfinite"
@@ -169,16 +169,20 @@ def judge_exact(output: str, y: Any, r: Any, spec: Array) -> Verdict:
     if tuple(y.shape) != tuple(spec.shape) or dtype_name(y.dtype) != spec.dtype:
         return judge(output, y, r, r, spec, family="gemm", terms=1)
     y, r = _rows(y), _rows(r)
-    wrong = xp.astype(y, xp.float64) != _stored(xp, r, spec.dtype)
-    if not bool(xp.any(wrong)):
+    count, first = 0, None
+    for start in range(0, y.shape[0], step := _rows_at_once(y.shape[1])):
+        rows = slice(start, start + step)
+        wrong = xp.astype(y[rows, :], xp.float64) != _stored(xp, r[rows, :], spec.dtype)
+        if bool(xp.any(wrong)):
+            count += int(xp.sum(xp.astype(wrong, xp.int64)))
+            first = first or _first(xp, wrong, start)
+    if first is None:
         return Verdict(output, True, error=0.0, yardstick=0.0)
-    at = _first(xp, wrong, 0, spec.shape)
-    where = _unflat(at, spec.shape)
-    got, want = float(y[at[0], at[1]]), float(r[at[0], at[1]])
-    share = float(xp.sum(xp.astype(wrong, xp.float64))) / math.prod(spec.shape)
+    where = _unflat(first, spec.shape)
+    got, want = float(y[first[0], first[1]]), float(r[first[0], first[1]])
     detail = (
         f"{output}{list(where)} is {got:g} on whole numbers, expected exactly {want:g} "
-        f"({share:.1%} of the elements are off)"
+        f"({count / math.prod(spec.shape):.1%} of the elements are off)"
     )
     return Verdict(output, False, "probe", detail, first_wrong=where)
 
@@ -227,10 +231,18 @@ def ulp_histogram(a: Any, b: Any, largest: int = 8) -> dict[str, float]:
 def truth_and_model(problem: Problem, work: Workload, which: str, arrays: dict[str, Any]) -> tuple:
     """(truth, model) of one pass, tuples in the order of its outputs; the judge rounds model."""
     xp = array_api_compat.array_namespace(*arrays.values())
-    oracle = problem.oracle if which == "fwd" else problem.oracle_bwd
-    return oracle(Arithmetic.truth(xp), work, **arrays), oracle(
-        Arithmetic.model(xp), work, **arrays
+    return tuple(
+        answer(problem, work, which, arrays, ar)
+        for ar in (Arithmetic.truth(xp), Arithmetic.model(xp))
     )
+
+
+def answer(
+    problem: Problem, work: Workload, which: str, arrays: dict[str, Any], ar: Arithmetic
+) -> tuple:
+    """What the oracle of one pass says in that arithmetic."""
+    oracle = problem.oracle if which == "fwd" else problem.oracle_bwd
+    return oracle(ar, work, **arrays)
 
 
 def _stored(xp: Any, x: Any, dtype: str) -> Any:
@@ -260,7 +272,7 @@ def _host(x: Any) -> np.ndarray:
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()
 
 
-def _first(xp: Any, wrong: Any, start: int, shape: tuple[int, ...]) -> tuple[int, int]:
+def _first(xp: Any, wrong: Any, start: int) -> tuple[int, int]:
     flat = int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))
     return start + flat // wrong.shape[1], flat % wrong.shape[1]
 
@@ -273,7 +285,7 @@ def _first_large(xp: Any, y: Any, r: Any, tile: int, bound: float) -> tuple[int,
     d = xp.where(xp.isfinite(rb), xp.abs(xp.astype(y[rows, :], xp.float64) - rb), zero)
     scale = xp.sqrt(xp.mean(xp.where(xp.isfinite(rb), rb, zero) ** 2))
     wrong = d > xp.maximum(4 * bound * scale, xp.max(d) / 4)
-    return _first(xp, wrong, rows.start, ())
+    return _first(xp, wrong, rows.start)
 
 
 def _unflat(at: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, ...]:
