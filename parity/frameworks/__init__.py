@@ -74,6 +74,9 @@ def interpreters(*, detect_races: bool = True) -> None:
                 "at import time whether they are interpreted. Call interpreters() first."
             )
         os.environ["TRITON_INTERPRET"] = "1"
+    # XLA's CPU client reads it once, for the size of its thread pool: one thread a core is too few.
+    # Mosaic's interpreter waits for barriers on those threads, and two cores wait for ever.
+    os.environ.setdefault("NPROC", "32")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ["JAX_PLATFORMS"] != "cpu":
         raise RuntimeError(
