@@ -267,14 +267,15 @@ sys.exit(cli.main(["check", "softmax", "--twin", "triton", "--jobs", "1"]))
 """
 
 
-def test_ctrl_c_ends_the_workers_too(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_workers_too(tmp_path: Path, number: int):
     pid = tmp_path / "pid"
     code = INTERRUPTED.format(root=str(ROOT), local=str(tmp_path), fake=FAKE, pid=str(pid))
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     _, err = run.communicate(timeout=30)
     assert run.returncode == 130 and "Traceback" not in err and "interrupted" in err
     with pytest.raises(ProcessLookupError):
