@@ -1,4 +1,4 @@
-"""The command line: `parity list|check|compile|bench|report|diff|doctor|all`.
+"""The command line: `parity list|check|faults|compile|bench|report|diff|doctor|all`.
 
 Exit codes: 0 all is well, 1 a check failed (or a gate, or a comparison), 2 the command was not
 understood, 3 this machine cannot do it, 130 interrupted. Every command says what its numbers mean
@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -156,6 +157,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="for one workload (default: 120 with --impl, else 300, on a GPU 600)",
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="processes (default: 2 on a CPU)")
+
+    sub = command("faults", _faults, "plant faults and see that the judge catches each")
+    choosing(sub, "ci", impl=False)
+    sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
 
     sub = command("compile", _compile, "compile both twins for sm_90a; no GPU needed")
     choosing(sub, "model")
@@ -564,6 +569,62 @@ def _show_checks(rows: list[dict], skipped: list[dict], mode: str, seconds: floa
 
 
 # parity compile
+
+
+def _faults(args: argparse.Namespace) -> int:
+    """Wrong answers on each workload; kernels that cheat on the first of each problem."""
+    pairs = _selected(args, ("ci",))
+    mode = _mode(args.device)
+    wanted = (args.twin,) if args.twin else TWINS
+    twins = [twin for twin, why in _runnable(wanted, mode).items() if not why]
+    from parity import faults, frameworks
+
+    frameworks.interpreters() if mode == "cpu" else frameworks.gpu()
+    firsts = {p.stem: w for p, w in reversed(pairs)}
+    rows: list[faults.Caught] = []
+    with _progress(len(pairs), "faults") as tell:
+        for done, (p, w) in enumerate(pairs, 1):
+            tell(f"{p.stem} {w.name}")
+            rows += faults.answers(p, w)
+            for twin in twins if firsts[p.stem] is w else ():
+                tell(f"{p.stem} {w.name}: {twin} cheats")
+                rows += faults.behaviours(p, w, twin)
+            tell(f"{p.stem} {w.name}", done)
+    ok = all(row.ok for row in rows)
+    if args.json:
+        _print_json([asdict(row) | {"ok": row.ok} for row in rows])
+        return PASS if ok else FAILED
+    _show_faults(rows, mode)
+    return PASS if ok else FAILED
+
+
+def _show_faults(rows: list[Any], mode: str) -> None:
+    from rich.table import Table
+
+    console = _console()
+    planted = [row for row in rows if row.fault != "none"]
+    killed = sum(row.ok for row in planted)
+    where = "in the interpreters" if mode == "cpu" else "on the GPU"
+    console.print(
+        f"Kill rate {killed} of {len(planted)} {where}: each fault was planted on purpose, and "
+        f"counts as caught only for the right reason. The right answers passed "
+        f"{sum(row.ok for row in rows if row.fault == 'none')} times."
+    )
+    table = Table(box=None, header_style="bold")
+    for column in ("fault", "caught", "planted", "for being"):
+        table.add_column(column, justify="right" if column in ("caught", "planted") else "left")
+    for fault in dict.fromkeys(row.fault for row in planted):
+        of = [row for row in planted if row.fault == fault]
+        found = ", ".join(sorted({row.found or "nothing" for row in of}))
+        table.add_row(fault.replace("_", " "), str(sum(r.ok for r in of)), str(len(of)), found)
+    console.print(table)
+    for row in rows:
+        if not row.ok:
+            console.print(
+                f"[red]{row.problem} {row.workload} {row.which}[/red]: {row.fault} was judged "
+                f"{row.found or 'right'!r}, expected {' or '.join(row.reasons) or 'a pass'}. "
+                f"{row.detail}"
+            )
 
 
 def _compile(args: argparse.Namespace) -> int:

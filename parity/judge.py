@@ -98,7 +98,7 @@ def judge(
             at = _first(xp, wrong, start)
             got, want = (float(v[at[0] - start, at[1]]) for v in (yb, rb))
             # a leftover NaN is unwritten memory
-            reason = "zeros" if want == 0 or got == 0 else "nonfinite"
+            reason = "zeros" if math.isfinite(got) and math.isfinite(want) else "nonfinite"
             where = _unflat(at, spec.shape)
             return Verdict(
                 output,
