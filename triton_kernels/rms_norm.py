@@ -61,20 +61,28 @@ class Config:
 
 
 def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Config:
-    """The Config for R rows of N columns on a Hopper; which: "fwd" or "bwd"."""
+    """The Config for R rows of N columns on a Hopper.
+
+    which: "fwd" or "bwd", + "_residual" with a residual, which is one more row to hold.
+    """
     block_n = max(64, _lib.power_of_2(N))
-    if which == "bwd":
+    if which.startswith("bwd"):
         if block_n * dtype.itemsize > 16384:
-            # The dw of a row takes up to half of the registers, 64 for each thread of 16 warps.
-            return Config(1, 4096, warps=16, programs=1)
+            # The dw of a long row takes half of the registers, 64 for each thread of 16 warps; a
+            # quarter where wider elements or a ragged end want registers too.
+            large = N % 4096 == 0 and N <= 32768 and dtype.itemsize == 2
+            return Config(1, 4096 if large else 2048, warps=16, programs=1)
         # Tiles of 8192 elements, 16 for each thread, and fewer where programs would find no rows.
         # Two tiles are on their way to shared memory while one is worked on.
         block_m = min(8192 // block_n, _lib.power_of_2(_lib.cdiv(R, 132)))
         return Config(block_m, block_n, 3 if _lib.has_tma() else 1, warps=16, programs=1)
-    if block_n * dtype.itemsize > 65536:
+    row = block_n * dtype.itemsize  # bytes
+    if row > (65536 if which == "fwd" else 32768):
         return Config(1, 16384, warps=32, programs=1)
-    # 32 elements of a row for each thread: four loads of 16 bytes in flight
-    return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 1024)))
+    # 32 elements of a row for each thread: four loads of 16 bytes in flight. A row that fills the
+    # registers wants a program that stays.
+    warps = min(32, max(4, block_n // 1024))
+    return Config(max(1, 2048 // block_n), block_n, warps=warps, programs=int(row > 32768))
 
 
 @triton.jit
@@ -355,7 +363,8 @@ def _forward(
         residual = None if residual is None else _lib.rows_adjacent(residual)
         with _lib.on_device(x):
             _lib.check_gpu()
-            tiles = Config(*config) if config else default_config(R, N, x.dtype, "fwd")
+            which = "fwd" if residual is None else "fwd_residual"
+            tiles = Config(*config) if config else default_config(R, N, x.dtype, which)
             num_m = _lib.cdiv(R, tiles.block_m)
             programs = min(num_m, tiles.programs * _lib.num_sms() or num_m)
             _rms_norm_fwd_kernel[(programs,)](
@@ -390,7 +399,8 @@ def _backward(
     dh = None if dh is None else _lib.rows_adjacent(dh)
     with _lib.on_device(h):
         _lib.check_gpu()
-        tiles = Config(*config) if config else default_config(R, N, h.dtype, "bwd")
+        which = "bwd" if dh is None else "bwd_residual"
+        tiles = Config(*config) if config else default_config(R, N, h.dtype, which)
         programs = min(_lib.cdiv(R, tiles.block_m), max(1, tiles.programs) * _lib.num_sms())
         chunks = min(CHUNKS, _lib.cdiv(N, tiles.block_n))
         groups = _lib.cdiv(N, chunks * tiles.block_n)

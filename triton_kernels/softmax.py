@@ -61,23 +61,23 @@ def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Co
     del R
     block_n = max(64, _lib.power_of_2(N))
     row = block_n * dtype.itemsize  # bytes
-    if row <= 32768:
-        # 16 elements of a row for each thread: two loads of 16 bytes in flight, and several
-        # programs on a multiprocessor, of which some load, some compute and some store.
-        return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 512)))
-    if row <= 65536 and which == "fwd" and _lib.has_tma():
+    if row > 65536:
+        return Config(1, 16384, warps=32)
+    if row > 32768 and which == "fwd" and _lib.has_tma():
         # One row fills the registers: two more are on their way to shared memory meanwhile.
         return Config(1, block_n, stages=3, warps=32, programs=1)
-    if row <= 65536:
-        # Two rows at a time on a multiprocessor: their second read finds them in L1.
-        return Config(1, 8192, warps=16, programs=2)
-    return Config(1, 16384, warps=32)
+    if row > 32768:
+        # Two rows of 64 KB at a time on a multiprocessor: their second read finds them in L1.
+        return Config(1, 16384, warps=16, programs=2)
+    # 16 elements of a row for each thread: two loads of 16 bytes in flight, and several programs on
+    # a multiprocessor, of which some load, some compute and some store.
+    return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 512)))
 
 
 @triton.jit
 def _scores(
     x_ptr, mask_ptr, m, n, R, N, stride_xr, stride_mr, scale, causal_offset,
-    masked: tl.constexpr, causal: tl.constexpr, rising: tl.constexpr, policy: tl.constexpr,
+    masked: tl.constexpr, causal: tl.constexpr, policy: tl.constexpr,
 ):  # fmt: skip
     """scale * x at rows m and columns n, -inf where nothing is or nothing is kept.
 
@@ -85,16 +85,14 @@ def _scores(
     """
     rows = m.to(tl.int64)[:, None]
     keep = (m[:, None] < R) & (n[None, :] < N)
-    x = tl.load(x_ptr + rows * stride_xr + n[None, :], keep, float("-inf"), eviction_policy=policy)
+    x = tl.load(x_ptr + rows * stride_xr + n[None, :], keep, 0.0, eviction_policy=policy)
     s = x.to(tl.float32) * scale
     if causal:
         keep = keep & (n[None, :] <= (m + causal_offset)[:, None])
     if masked:
         keep = keep & tl.load(mask_ptr + rows * stride_mr + n[None, :], keep, 0).to(tl.int1)
-    # Masked before exp: what x holds there never matters. A positive scale alone keeps -inf.
-    if causal or masked or not rising:
-        s = tl.where(keep, s, float("-inf"))
-    return s
+    # Masked before exp2: what x holds there never matters.
+    return tl.where(keep, s, float("-inf"))
 
 
 @triton.jit
@@ -103,7 +101,7 @@ def _softmax_fwd_kernel(
     mask_ptr,  # [R, N] uint8 or None
     y_ptr,  # [R, N]
     R, N, stride_xr, stride_mr, scale, causal_offset,
-    causal: tl.constexpr, rising: tl.constexpr,
+    causal: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     masked: tl.constexpr = mask_ptr is not None
@@ -119,7 +117,7 @@ def _softmax_fwd_kernel(
         if whole:
             s = _scores(
                 x_ptr, mask_ptr, m, n, R, N, stride_xr, stride_mr, scale, causal_offset,
-                masked, causal, rising, "",
+                masked, causal, "",
             )  # [block_m, block_n]  # fmt: skip
             top = tl.max(s, 1)
             top = tl.where(top == float("-inf"), 0.0, top)
@@ -132,7 +130,7 @@ def _softmax_fwd_kernel(
             for n0 in tl.range(0, N, block_n, num_stages=stages):
                 s = _scores(
                     x_ptr, mask_ptr, m, n0 + n, R, N, stride_xr, stride_mr, scale, causal_offset,
-                    masked, causal, rising, "evict_last",
+                    masked, causal, "evict_last",
                 )  # fmt: skip
                 s = tl.reshape(s, (block_m, block_n // 8, 8))
                 new_max = tl.maximum(run_max, tl.max(s, 2))
@@ -160,7 +158,7 @@ def _softmax_fwd_kernel(
                 cols = last - back + n
                 s = _scores(
                     x_ptr, mask_ptr, m, cols, R, N, stride_xr, stride_mr, scale, causal_offset,
-                    masked, causal, rising, "evict_first",
+                    masked, causal, "evict_first",
                 )  # fmt: skip
                 y = (tl.exp2(s - top[:, None]) * norm).to(y_ptr.dtype.element_ty)
                 inside = (m[:, None] < R) & (cols[None, :] < N)
@@ -252,7 +250,7 @@ def _forward(
             x, mask, y, R, N, x.stride(0), 0 if mask is None else mask.stride(0), scale * LOG2_E,
             # Beyond these bounds all or nothing is kept.
             0 if causal_offset is None else max(-R, min(N, causal_offset)),
-            causal_offset is not None, scale > 0.0,
+            causal_offset is not None,
             tiles.block_m, tiles.block_n, N <= tiles.block_n, tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
     return y
