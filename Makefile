@@ -29,6 +29,8 @@ export JUPYTERLAB_WORKSPACES_DIR := $(CACHE)/jupyter/workspaces
 export PYRIGHT_PYTHON_CACHE_DIR := $(CACHE)/pyright
 export PYTEST_DEBUG_TEMPROOT := $(CACHE)/pytest
 export TMPDIR := $(CACHE)/tmp
+# A temporary folder is not part of the checkout that it lies in.
+export GIT_CEILING_DIRECTORIES := $(CACHE)
 # Wheels are kept once, installed; a cache that the user has chosen is used.
 ifndef PIP_CACHE_DIR
 export PIP_NO_CACHE_DIR := 1

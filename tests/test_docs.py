@@ -21,8 +21,10 @@ def links(document: Path) -> list[tuple[str, str]]:
 
 
 def place(file: Path, name: str) -> list[str]:
-    """The pieces of source that `name` means: a stage of each kernel, or a function or class."""
+    """The source that `name` means: a stage of each kernel, a function, a class, the file."""
     text = file.read_text()
+    if name == "file":
+        return [text]
     lines = text.splitlines()
     named = [
         "\n".join(lines[min(n.lineno for n in (node, *node.decorator_list)) - 1 : node.end_lineno])

@@ -4,7 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,10 +138,9 @@ def test_the_harness_imports_in_under_a_third_of_a_second():
 
 
 def test_listing_the_problems_is_quick():
-    def seconds() -> float:
-        began = time.perf_counter()
-        _fresh("import sys; sys.argv = ['parity', 'list']; from parity.cli import main; main()")
-        return time.perf_counter() - began
-
-    # The interpreter's own start is not ours, and not small on a busy machine.
-    assert min(seconds() for _ in range(3)) < 1.0
+    # Processor time, the interpreter's own start included: the machine is busy with the tests.
+    code = (
+        "import time; from parity.cli import main; assert main(['list']) == 0; "
+        "print(); print(time.process_time())"
+    )
+    assert min(float(_fresh(code).split()[-1]) for _ in range(3)) < 0.6

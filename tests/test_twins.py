@@ -12,8 +12,12 @@ ROOT = Path(__file__).parent.parent
 STEMS = [p.stem for p in PROBLEMS]
 TWINS = ("triton_kernels", "pallas_kernels")
 STAGES = ["1. which tile", "2. main loop", "3. epilogue", "4. store"]
-# What exists in one language only: how many warps or warpgroups share a tile, and clusters.
-OWN_CONFIG_FIELDS = {"triton_kernels": {"warps"}, "pallas_kernels": {"warpgroups", "cluster"}}
+# What may exist in one language only: how many warps or warpgroups share a tile, clusters, and how
+# many programs share a multiprocessor.
+OWN_CONFIG_FIELDS = {
+    "triton_kernels": {"warps", "programs"},
+    "pallas_kernels": {"warpgroups", "cluster", "programs"},
+}
 
 
 def tree(package: str, stem: str) -> ast.Module:
