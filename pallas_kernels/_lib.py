@@ -14,6 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP = 128  # lanes of a warpgroup, which Pallas calls one thread
 
+# For kernels over rows. Lane semantics: shared memory stays row-major, as TMA stores it. No
+# automatic barriers: a lane writes only those elements of a slot that it alone has read, and
+# commit_smem is a barrier before TMA sees them. No scratch: reductions stay within warps.
+ROW_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    reduction_scratch_bytes=0,
+    unsafe_no_auto_barriers=True,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
+
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
@@ -130,6 +140,13 @@ def row_chunk(N: int, split: int, most: int, dtype: Any) -> int:
     return min(cdiv(cdiv(N, split), step) * step, most)
 
 
+def row_share(wg: Any, block_m: int, warpgroups: int) -> tuple[Any, Any]:
+    """Which row of the block a warpgroup works at, and which part of it."""
+    if block_m == 1:
+        return 0, wg
+    return lax.div(wg, warpgroups // block_m), lax.rem(wg, warpgroups // block_m)
+
+
 def piece_tile(piece: int, dtype: Any) -> tuple[int, Any]:
     """How many pieces a warpgroup reads at once, 16 bytes a lane, and the layout of such a tile.
 
@@ -167,9 +184,3 @@ def store_row_chunk(chunk_smem: Any, rows_gmem: Any, row: Any, start: Any) -> No
             plgpu.copy_smem_to_gmem(
                 chunk_smem.at[pl.ds(0, last)], rows_gmem.at[row, pl.ds(columns - last, last)]
             )
-
-
-def row_programs(R: int, block_m: int, programs: int) -> int:
-    """Blocks of threads for R rows: `programs` for each multiprocessor, or one for block_m rows."""
-    tiles = cdiv(R, block_m)
-    return min(tiles, programs * num_sms()) if programs else tiles

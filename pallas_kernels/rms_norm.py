@@ -3,30 +3,31 @@
     h = round(x + residual)      rstd[r] = (mean_n h[r, n]^2 + eps)^(-1/2)
     y = h * rstd * (w + w_offset)
 
-    w stays in shared memory; every warpgroup owns a ring of slots that TMA keeps full, each slot
-    a chunk of a row:
+    one block of threads for block_m rows; w comes to shared memory, and each warpgroup has slots
+    that TMA fills with chunks of its row:
         for each chunk: squares += h * h
-        the warpgroups that share the row exchange their squares
-        for each chunk: h and y, into the slot they came from; TMA stores the slot; once it is
-                        read, TMA loads into it what comes next
+        the runs of a row, in all the warpgroups that share it, exchange their squares
+        for each chunk: h and y, into the slots they came from; TMA stores the slots
 
     Backward, with xh = h * rstd and g = dy * (w + w_offset):
         dx = rstd * (g - xh * mean_n(g * xh)) + dh          dw = sum_r dy * xh
-    the same two passes over (h, dy): mean of g * xh; then dx, and dw += dy * xh in registers
-    the dw of the rows that a block saw, one partial sum for each row it works at, to a workspace
-    [P, N]; a second kernel adds those P rows in a fixed order
+    persistent blocks, whose slots form a ring that TMA keeps full with the rows to come:
+        the same two passes over (h, dy): mean of g * xh; then dx, and dw += dy * xh in registers
+    the dw of the rows that a block saw to a workspace [P, N], one partial sum for each of the
+    block_m rows it works at; a second kernel adds those P rows in a fixed order
 
-Of a row longer than its ring, the ring keeps the end, and only the beginning is read again.
+Of a row longer than its slots, they keep the end, and only the beginning is read again.
 
-Limits: Hopper; bfloat16, float16, float32; rows of up to 32768 columns (what the registers of 4
-warpgroups hold of dw); statistics and dw in float32. Rows of a number of columns that 64 does not
-divide are padded first, in XLA.
+Limits: Hopper; bfloat16, float16, float32; rows of up to 32768 columns (what the registers of a
+multiprocessor hold of dw beside the rest); statistics and dw in float32. Rows of a number of
+columns that 64 does not divide are padded first, in XLA.
 
 Twin: triton_kernels/rms_norm.py.
 
 Sources: Zhang and Sennrich (arXiv:1910.07467).
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import _lib
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-SHARED_BYTES = 224 * 1024  # of the 227 KB that a block can have, for w and the rings
-MOST_COLUMNS = 8192  # of a row for one warpgroup: 64 registers of a thread for its part of dw
+SHARED_BYTES = 224 * 1024  # of the 227 KB that a block can have, for w and the slots
+MOST_COLUMNS = 32768  # 4 warpgroups: 64 of the 128 registers of a thread for its part of dw
 DW_ROWS, DW_COLUMNS = 64, 128  # tile of the kernel that adds the partial sums
 
 
@@ -51,15 +52,15 @@ class Config:
 
     block_m: rows a block of threads works at; warpgroups / block_m warpgroups share each.
     block_n: columns of a chunk, the part of a row in one slot.
-    stages: slots in the ring of each warpgroup.
+    stages: slots of each warpgroup; in the forward no more than a row has chunks are of use.
     warpgroups: warpgroups of a block of threads.
-    programs: blocks for each multiprocessor, which then walk over the rows; 0: one for each block_m
-        rows (the backward takes that for 1: it writes a partial dw for each row it works at).
+    programs: blocks for each multiprocessor, which walk over the rows in the backward; the forward
+        has one block for block_m rows.
     """
 
     block_m: int = 4
     block_n: int = 4096
-    stages: int = 4
+    stages: int = 1
     warpgroups: int = 4
     programs: int = 1
 
@@ -84,19 +85,31 @@ def default_config(R: int, N: int, dtype: Any, which: str = "fwd") -> Config:
 
 
 def _config(N: int, dtype: Any, w_dtype: Any, which: str) -> Config:
-    warpgroups, itemsize = 4, _lib.bits(dtype) // 8
-    arrays = (2 if which.startswith("bwd") else 1) + which.endswith("_residual")
-    w_bytes = (N + 4096) * _lib.bits(w_dtype) // 8
-    # As few warpgroups for a row as its length allows, then as few chunks, while the ring holds a
-    # row and something more: what is in flight while this row is worked at.
-    for num_n in (1, 2, 4, 8):
-        for split in (1, 2, 4):
-            block_n = _lib.row_chunk(N, split * num_n, MOST_COLUMNS // num_n, dtype)
-            stages = (SHARED_BYTES - w_bytes) // (warpgroups * block_n * arrays * itemsize)
-            covered = split * num_n * block_n >= N
-            if covered and stages >= max(3, num_n + 1):
-                return Config(warpgroups // split, block_n, min(8, stages), warpgroups)
-    return Config(1, block_n, min(8, max(1, stages)), warpgroups)
+    residual = which.endswith("_residual")
+    if which.startswith("fwd"):
+        # Rows that share a block share w. More bytes for a row want fewer rows, and more
+        # warpgroups for each, so that several blocks still fit a multiprocessor.
+        if N <= 4096:
+            block_m, split, num_n = 4, 1, 1
+        elif N <= 8192:
+            block_m, split, num_n = 1, 4 if residual else 1, 1
+        else:
+            block_m, split, num_n = 1 if residual else 2, 4, 2
+        arrays, programs, most = 1 + residual, 1, num_n
+    else:
+        # Two blocks for short rows: one computes while the other waits for its row to meet.
+        split, programs = (2, 2) if N <= 4096 else (4, 1)
+        block_m, num_n = 1, 1 if N <= 16384 else 2
+        arrays, most = 2 + residual, 4
+    while True:
+        block_n = _lib.row_chunk(N, split * num_n, MOST_COLUMNS, dtype)
+        w_bytes = split * num_n * block_n * _lib.bits(w_dtype) // 8
+        slot_bytes = block_n * arrays * _lib.bits(dtype) // 8
+        stages = (SHARED_BYTES // programs - w_bytes) // (block_m * split * slot_bytes)
+        if stages >= 1 or block_n * _lib.bits(dtype) <= 16384:
+            return Config(block_m, block_n, max(1, min(most, stages)), block_m * split, programs)
+        # float32: half the chunk, or half the rows
+        block_m, num_n = (block_m // 2, num_n) if block_m > 1 else (block_m, 2 * num_n)
 
 
 def _rms_norm_fwd_kernel(
@@ -121,26 +134,33 @@ def _rms_norm_fwd_kernel(
     tiles = range(pieces // runs)
     split = config.warpgroups // config.block_m
     num_n = _lib.cdiv(N, split * config.block_n)
-    # Loads of a row: each chunk once, then those again that the ring could not keep.
+    # Chunks that the slots cannot keep until the second pass: those are loaded twice.
     dropped = max(0, num_n - config.stages)
-    loads = num_n + dropped
 
     # --- 1. which tile
     wg = lax.axis_index("wg")
-    group, part = lax.div(wg, split), lax.rem(wg, split)
-    first = lax.axis_index("sm") * config.block_m + group
-    stride = lax.axis_size("sm") * config.block_m
-    trips = lax.div(R - first + stride - 1, stride)
+    group, part = _lib.row_share(wg, config.block_m, config.warpgroups)
+    # Beyond the last row TMA loads zeros and stores nothing.
+    row = lax.axis_index("sm") * config.block_m + group
 
-    def barrier(q):
+    def slot(q):
+        return wg, lax.rem(q, config.stages)
+
+    def full_at(q):
         return full.at[wg * config.stages + lax.rem(q, config.stages)]
 
-    def start_of(ni, i):
-        return (ni * split + part) * pieces + i * runs
+    def start_of(q, i):
+        return (lax.rem(q, num_n) * split + part) * pieces + i * runs
+
+    def load(q):
+        source = (row, pl.ds(start_of(q, 0), pieces))
+        plgpu.copy_gmem_to_smem(x_gmem.at[source], x_smem.at[slot(q)], full_at(q))
+        if residual:
+            plgpu.copy_gmem_to_smem(residual_gmem.at[source], residual_smem.at[slot(q)], full_at(q))
 
     def read(smem, q, i):
-        slot = smem.at[wg, lax.rem(q, config.stages), pl.ds(i * runs, runs)]
-        return plgpu.load(slot, layout=layout).astype(jnp.float32)
+        tile = smem.at[*slot(q), pl.ds(i * runs, runs)]
+        return plgpu.load(tile, layout=layout).astype(jnp.float32)
 
     def read_h(q, i):
         h = read(x_smem, q, i)
@@ -149,92 +169,70 @@ def _rms_norm_fwd_kernel(
         return h
 
     def write(smem, q, i, value):
-        smem[wg, lax.rem(q, config.stages), pl.ds(i * runs, runs)] = value.astype(smem.dtype)
+        smem[*slot(q), pl.ds(i * runs, runs)] = value.astype(smem.dtype)
 
-    def load(q):
-        @pl.when(q < trips * loads)
-        def _():
-            slot = (wg, lax.rem(q, config.stages))
-            row = first + lax.div(q, loads) * stride
-            source = (row, pl.ds(start_of(lax.rem(lax.rem(q, loads), num_n), 0), pieces))
-            plgpu.copy_gmem_to_smem(x_gmem.at[source], x_smem.at[slot], barrier(q))
-            if residual:
-                plgpu.copy_gmem_to_smem(
-                    residual_gmem.at[source], residual_smem.at[slot], barrier(q)
-                )
-
-    @pl.loop(0, jnp.minimum(config.stages, trips * loads))
-    def _(q):
+    # --- 2. main loop
+    for q in range(min(config.stages, num_n)):
         load(q)
-
     _load_weight(w_gmem, w_smem, w_full, pieces)
 
-    @pl.loop(0, trips)
-    def _(trip):
-        row = first + trip * stride
-        q0 = trip * loads
+    def accumulate(q, squares):
+        plgpu.barrier_wait(full_at(q))
+        for i in tiles:
+            h = read_h(q, i)
+            squares = squares + h * h
+        if dropped:
 
-        # --- 2. main loop
-        def accumulate(ni, squares):
-            q = q0 + ni
-            plgpu.barrier_wait(barrier(q))
-            for i in tiles:
-                h = read_h(q, i)
-                squares = squares + h * h
-            if dropped:
+            @pl.when(q < dropped)
+            def _():
+                plgpu.commit_smem()
+                load(q + config.stages)
 
-                @pl.when(ni < dropped)
-                def _():
-                    plgpu.commit_smem()
-                    load(q + config.stages)
+        return squares
 
-            return squares
+    zero = plgpu.layout_cast(jnp.zeros((runs, piece), jnp.float32), layout)
+    squares = lax.fori_loop(0, num_n, accumulate, zero).sum(axis=1)  # [runs]
 
-        start = plgpu.layout_cast(jnp.zeros((runs, piece), jnp.float32), layout)
-        squares = lax.fori_loop(0, num_n, accumulate, start).sum(axis=1)  # [runs]
+    # --- 3. epilogue
+    stats_smem[0, wg] = squares
+    plgpu.barrier_arrive(met.at[group])
+    plgpu.barrier_wait(met.at[group])
+    total = sum(stats_smem[0, group * split + i, run] for i in range(split) for run in range(runs))
+    rstd = lax.rsqrt(total * (1.0 / N) + eps)
 
-        # --- 3. epilogue
-        # Two sets of statistics in turn: whoever writes one again has seen everyone read it.
-        turn = lax.rem(trip, 2)
-        stats_smem[turn, wg] = squares
-        plgpu.barrier_arrive(met.at[group])
-        plgpu.barrier_wait(met.at[group])
-        total = sum(
-            stats_smem[turn, group * split + i, run] for i in range(split) for run in range(runs)
-        )
-        rstd = lax.rsqrt(total * (1.0 / N) + eps)
+    @pl.when(jnp.logical_and(part == 0, row < R))
+    def _():
+        rstd_gmem[row] = rstd
 
-        @pl.when(part == 0)
-        def _():
-            rstd_gmem[row] = rstd
+    # --- 4. store
+    plgpu.barrier_wait(w_full)
 
-        # --- 4. store
-        @pl.loop(0, num_n)
-        def _(ni):
-            q = q0 + dropped + ni
-            ni = lax.rem(dropped + ni, num_n)
-            if dropped:
+    @pl.loop(dropped, num_n + dropped)
+    def _(q):
+        if dropped:
 
-                @pl.when(q >= q0 + num_n)
-                def _():
-                    plgpu.barrier_wait(barrier(q))
+            @pl.when(q >= num_n)
+            def _():
+                plgpu.barrier_wait(full_at(q))
 
-            for i in tiles:
-                h = read_h(q, i)
-                xh = h * rstd
-                if cast_before_weight:
-                    xh = xh.astype(x_smem.dtype).astype(jnp.float32)
-                y = xh * _weight(w_smem, start_of(ni, i), runs, layout, w_offset)
-                if residual:
-                    write(x_smem, q, i, h)
-                write(y_smem, q, i, y)
-            plgpu.commit_smem()
-            slot = (wg, lax.rem(q, config.stages))
-            _lib.store_row_chunk(y_smem.at[slot], y_gmem, row, start_of(ni, 0))
+        for i in tiles:
+            h = read_h(q, i)
+            xh = h * rstd
+            if cast_before_weight:
+                xh = xh.astype(x_smem.dtype).astype(jnp.float32)
             if residual:
-                _lib.store_row_chunk(x_smem.at[slot], h_gmem, row, start_of(ni, 0))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            load(q + config.stages)
+                write(x_smem, q, i, h)
+            write(y_smem, q, i, xh * _weight(w_smem, start_of(q, i), runs, layout, w_offset))
+        plgpu.commit_smem()
+        _lib.store_row_chunk(y_smem.at[slot(q)], y_gmem, row, start_of(q, 0))
+        if residual:
+            _lib.store_row_chunk(x_smem.at[slot(q)], h_gmem, row, start_of(q, 0))
+        if dropped:
+
+            @pl.when(q + config.stages < num_n + dropped)
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                load(q + config.stages)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -249,12 +247,10 @@ def _load_weight(w_gmem: Any, w_smem: Any, w_full: Any, pieces: int) -> None:
             chunk = pl.ds(i * pieces, pieces)
             plgpu.copy_gmem_to_smem(w_gmem.at[chunk], w_smem.at[chunk], w_full)
 
-    plgpu.barrier_wait(w_full)
 
-
-def _weight(w_smem: Any, start: Any, runs: int, layout: Any, w_offset: float) -> Any:
+def _weight(w_ref: Any, start: Any, runs: int, layout: Any, w_offset: float) -> Any:
     """w + w_offset for one tile. [runs, piece]"""
-    w = plgpu.load(w_smem.at[pl.ds(start, runs)], layout=layout, optimized=False)
+    w = plgpu.load(w_ref.at[pl.ds(start, runs)], layout=layout, optimized=False)
     w = w.astype(jnp.float32)
     return w if w_offset == 0.0 else w + w_offset
 
@@ -280,7 +276,7 @@ def _rms_norm_bwd_kernel(
 
     # --- 1. which tile
     wg = lax.axis_index("wg")
-    group, part = lax.div(wg, split), lax.rem(wg, split)
+    group, part = _lib.row_share(wg, config.block_m, config.warpgroups)
     first = lax.axis_index("sm") * config.block_m + group
     stride = lax.axis_size("sm") * config.block_m
     trips = lax.div(R - first + stride - 1, stride)
@@ -304,11 +300,16 @@ def _rms_norm_bwd_kernel(
                 slot = smem.at[wg, lax.rem(q, config.stages)]
                 plgpu.copy_gmem_to_smem(gmem.at[source], slot, barrier(q))
 
-    @pl.loop(0, jnp.minimum(config.stages, trips * loads))
+    # A slot is loaded again once TMA has read it. Where there is one to spare, that is the slot of
+    # the store before the last, so that nobody waits; for that, every chunk must store something.
+    lag = int(config.stages > num_n and (num_n * split - 1) * pieces < dx_gmem.shape[1])
+
+    @pl.loop(0, config.stages - lag)
     def _(q):
         load(q)
 
     _load_weight(w_gmem, w_smem, w_full, pieces)
+    plgpu.barrier_wait(w_full)
 
     zero = plgpu.layout_cast(jnp.zeros((runs, piece), jnp.float32), layout)
 
@@ -365,8 +366,8 @@ def _rms_norm_bwd_kernel(
             plgpu.commit_smem()
             slot = dy_smem.at[wg, lax.rem(q, config.stages)]
             _lib.store_row_chunk(slot, dx_gmem, row, start_of(ni, 0))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            load(q + config.stages)
+            plgpu.wait_smem_to_gmem(lag, wait_read_only=True)
+            load(q + config.stages - lag)
         return tuple(dw)
 
     dw = lax.fori_loop(0, trips, body, (zero,) * (num_n * len(tiles)))
@@ -412,39 +413,45 @@ def _launch(
     config: Config,
 ) -> Any:
     """Runs a kernel over rows in pieces; small: w in pieces, and what else is not rows."""
-    _, columns, piece = rows[0].shape
+    w, piece = small[0], rows[0].shape[2]
+    runs, _ = _lib.piece_tile(piece, rows[0].dtype)
+    split = config.warpgroups // config.block_m
+    # With 64 registers of a thread for dw, the barriers keep the compiler from mixing tiles.
+    crowded = len(small) > 1 and w.size > split * config.block_n
+    params = dataclasses.replace(_lib.ROW_PARAMS, unsafe_no_auto_barriers=not crowded)
+    slots = (config.warpgroups, config.stages, config.block_n // piece, piece)
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=[
+            *(plgpu.SMEM(slots, array.dtype) for array in rows),
+            plgpu.SMEM(w.shape, w.dtype),
+            plgpu.SMEM((2, config.warpgroups, runs), jnp.float32),
+            plgpu.Barrier(num_arrivals=len(rows), num_barriers=config.warpgroups * config.stages),
+            plgpu.Barrier(num_arrivals=split, num_barriers=config.block_m),
+            plgpu.Barrier(num_arrivals=w.size // config.block_n),
+        ],
+        grid=(blocks,),
+        grid_names=("sm",),
+        num_threads=config.warpgroups,
+        thread_name="wg",
+        compiler_params=params,
+        kernel_name=name,
+    )(*rows, *small)
+
+
+def _in_pieces(w: jax.Array, rows: tuple[jax.Array, ...], config: Config) -> tuple[Any, ...]:
+    """The rows in pieces, and w with zeros up to the end of the last chunk, in pieces too."""
+    *rows, w = _lib.row_pieces(*rows, w)
+    piece = rows[0].shape[2]
     runs, _ = _lib.piece_tile(piece, rows[0].dtype)
     if config.block_n % (runs * piece):
         raise ValueError(
             f"block_n: expected a multiple of {runs * piece} (16 bytes for each lane of a "
             f"warpgroup), got {config.block_n}"
         )
-    w, pieces = small[0], config.block_n // piece
-    slots = (config.warpgroups, config.stages, pieces, piece)
-    split = config.warpgroups // config.block_m
-    chunks = _lib.cdiv(columns, split * pieces) * split
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        scratch_types=[
-            *(plgpu.SMEM(slots, array.dtype) for array in rows),
-            plgpu.SMEM((chunks * pieces, piece), w.dtype),
-            plgpu.SMEM((2, config.warpgroups, runs), jnp.float32),
-            plgpu.Barrier(num_arrivals=len(rows), num_barriers=config.warpgroups * config.stages),
-            plgpu.Barrier(num_arrivals=split, num_barriers=config.block_m),
-            plgpu.Barrier(num_arrivals=chunks),
-        ],
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=config.warpgroups,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        kernel_name=name,
-    )(*rows, *small)
+    chunk = config.warpgroups // config.block_m * config.block_n // piece
+    return tuple(rows), _lib.pad(w, chunk, piece)
 
 
 def rms_norm_fwd(
@@ -474,13 +481,11 @@ def rms_norm_fwd(
         residual=residual is not None,
         config=config,
     )
-    *rows, w_row = _lib.row_pieces(*((x,) if residual is None else (x, residual)), w)
+    rows, w_row = _in_pieces(w, (x,) if residual is None else (x, residual), config)
     out = jax.ShapeDtypeStruct(rows[0].shape, x.dtype)
     out_type = [jax.ShapeDtypeStruct((R,), jnp.float32)] + [out] * len(rows)
-    blocks = _lib.row_programs(R, config.block_m, config.programs)
-    rstd, *out = _launch(
-        kernel, "rms_norm_fwd_kernel", blocks, tuple(rows), (w_row,), out_type, config
-    )
+    blocks = _lib.cdiv(R, config.block_m)
+    rstd, *out = _launch(kernel, "rms_norm_fwd_kernel", blocks, rows, (w_row,), out_type, config)
     y, *h = (array.reshape(R, -1)[:, :N] for array in out)
     return ((y, h[0]), (h[0], w, rstd)) if h else (y, (x, w, rstd))
 
@@ -513,17 +518,15 @@ def rms_norm_bwd(
         _rms_norm_bwd_kernel, R=R, N=N, w_offset=w_offset, residual=dh is not None, config=config
     )
     cotangents = (dy,) if dh is None else (dy, dh)
-    *rows, w_row = _lib.row_pieces(h, *(array.astype(h.dtype) for array in cotangents), w)
-    piece = rows[0].shape[2]
-    split = config.warpgroups // config.block_m
-    pieces = _lib.cdiv(N, split * config.block_n) * split * config.block_n // piece
-    blocks = _lib.row_programs(R, config.block_m, config.programs or 1)
+    rows, w_row = _in_pieces(w, (h, *(array.astype(h.dtype) for array in cotangents)), config)
+    pieces, piece = w_row.shape
+    blocks = min(_lib.cdiv(R, config.block_m), config.programs * _lib.num_sms())
     partial = jax.ShapeDtypeStruct((blocks * config.block_m, pieces, piece), jnp.float32)
     dx, partial = _launch(
         kernel,
         "rms_norm_bwd_kernel",
         blocks,
-        tuple(rows),
+        rows,
         (w_row, rstd),
         [jax.ShapeDtypeStruct(rows[0].shape, h.dtype), partial],
         config,
@@ -614,8 +617,8 @@ def rms_norm(
     _lib.check_array("w", w, (x.shape[1],), (x.dtype, jnp.float32))
     if residual is not None:
         _lib.check_array("residual", residual, tuple(x.shape), (x.dtype,))
-    if x.shape[1] > 4 * MOST_COLUMNS:
-        raise ValueError(f"x: expected at most {4 * MOST_COLUMNS} columns, got {x.shape[1]}")
+    if x.shape[1] > MOST_COLUMNS:
+        raise ValueError(f"x: expected at most {MOST_COLUMNS} columns, got {x.shape[1]}")
     _lib.check_static("eps", eps, (float, int))
     _lib.check_static("w_offset", w_offset, (float, int))
     _lib.check_static("cast_before_weight", cast_before_weight, (bool,))

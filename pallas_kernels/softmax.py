@@ -2,20 +2,22 @@
 
     y[r, n] = exp(scale * x[r, n] - top[r]) / sum_j exp(scale * x[r, j] - top[r])    over the kept j
 
-    every warpgroup owns a ring of slots that TMA keeps full, each slot a chunk of a row:
+    one block of threads for block_m rows; each warpgroup has slots that TMA fills with chunks:
         for each chunk: s = scale * x, -inf where masked; top = max(s); total = sum exp(s - top),
                         for each run of columns of its own, which never leaves its warp
         the runs of a row, in all the warpgroups that share it, exchange (top, total)
-        for each chunk: y = exp(s - top) / total, into the slot it came from; TMA stores the slot;
-                        once it is read, TMA loads into it what comes next
+        for each chunk: y = exp(s - top) / total, into the slot it came from; TMA stores the slot
 
-A row of one chunk for each warpgroup stays in registers between the two passes; one that fits the
-ring is read from HBM once. Of a longer one the ring keeps the end, and only the beginning is read
-again: the ring frees its slots in the order it filled them, whatever the row's length.
+A row of one chunk for each warpgroup stays in registers between the two passes. Of a row longer
+than the slots, they keep the end, and only the beginning is read again: slots become free in the
+order they were filled, so they form a ring whatever the row's length.
 Backward: dx = scale * y * (dy - sum_n y * dy), in the same two passes over (y, dy).
 
-Limits: Hopper; bfloat16, float16, float32; statistics in float32. Rows that do not start at
-multiples of 16 bytes are padded first, in XLA, and a mask becomes int8 there.
+Many small blocks beat one large persistent block for each multiprocessor here: multiprocessors
+differ in speed, and the hardware hands the next row to whichever is free.
+
+Limits: Hopper; bfloat16, float16, float32; statistics in float32. Rows of a number of columns that
+64 does not divide are padded first, in XLA, and a mask becomes int8 there.
 
 Twin: triton_kernels/softmax.py.
 
@@ -36,26 +38,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import _lib
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-RING_BYTES = 56 * 1024  # a quarter of the shared memory that a block of threads can have
+SHARED_BYTES = 224 * 1024  # of the 227 KB that a block of threads can have, for the slots
 
 
 @dataclass(frozen=True)
 class Config:
     """Tile sizes and resources of the kernels; beyond the last bit the result ignores them.
 
-    block_m: rows a block of threads works at; warpgroups / block_m warpgroups share each.
+    block_m: rows of a block of threads; warpgroups / block_m warpgroups share each.
     block_n: columns of a chunk, the part of a row that a warpgroup holds in registers.
-    stages: slots in the ring of each warpgroup.
+    stages: slots of each warpgroup; more than a row has chunks are of no use.
     warpgroups: warpgroups of a block of threads.
-    programs: blocks for each multiprocessor, which then walk over the rows; 0: one for each block_m
-        rows.
     """
 
-    block_m: int = 4
+    block_m: int = 1
     block_n: int = 4096
-    stages: int = 6
-    warpgroups: int = 4
-    programs: int = 1
+    stages: int = 1
+    warpgroups: int = 1
 
     def __post_init__(self) -> None:
         if self.block_m < 1 or self.warpgroups % self.block_m:
@@ -72,23 +71,25 @@ class Config:
 
 
 def default_config(R: int, N: int, dtype: Any, which: str = "fwd") -> Config:
-    """The Config for R rows of N columns; which: "fwd" or "bwd" (which holds two rows, not one)."""
+    """The Config for R rows of N columns; which: "fwd" or "bwd" (which reads two arrays)."""
     del R
-    arrays = 1 if which == "fwd" else 2
-    # 4 warpgroups leave a thread 128 registers: enough for 64 columns of one array in float32 and
-    # what is made of them. A row that 4 warpgroups cannot hold so goes through in smaller chunks.
-    warpgroups, most = 4, 8192 // arrays
-    split = next((s for s in (1, 2, 4) if N <= s * most), warpgroups)
-    if N > warpgroups * most or 2 * most * arrays * _lib.bits(dtype) // 8 > RING_BYTES:
-        most //= 2
-    block_n = _lib.row_chunk(N, split, most, dtype)
-    stages = RING_BYTES // (block_n * arrays * _lib.bits(dtype) // 8)
-    return Config(warpgroups // split, block_n, min(8, stages), warpgroups)
+    bytes_a_column = _lib.bits(dtype) // 8 * (1 if which == "fwd" else 2)
+    # 64 columns a thread, in float32, leave 5 warpgroups the registers of a multiprocessor.
+    if N <= 8192:
+        return Config(1, _lib.row_chunk(N, 1, 8192, dtype), 1, 1)
+    # Two chunks of 32 columns a thread: computed twice, but twice as many blocks fit, and those
+    # that compute have others that load beside them.
+    split = 2 if N <= 16384 else 4
+    block_n = _lib.row_chunk(N, 2 * split, 4096, dtype)
+    if 2 * split * block_n >= N and 2 * split * block_n * bytes_a_column <= SHARED_BYTES:
+        return Config(1, block_n, 2, split)
+    # What one block can hold of the row, in slots of 8 KB for each warpgroup
+    block_n = _lib.row_chunk(N, 4, 8192 // bytes_a_column, dtype)
+    return Config(1, block_n, min(8, SHARED_BYTES // (4 * block_n * bytes_a_column)), 4)
 
 
 def _softmax_fwd_kernel(
     *refs: Any,
-    R: int,
     N: int,
     scale: float,
     causal_offset: int | None,
@@ -104,45 +105,40 @@ def _softmax_fwd_kernel(
     tiles = range(pieces // runs)
     split = config.warpgroups // config.block_m
     num_n = _lib.cdiv(N, split * config.block_n)
-    # Loads of a row: each chunk once, then those again that the ring could not keep.
+    # Chunks that the slots cannot keep until the second pass: those are loaded twice.
     dropped = max(0, num_n - config.stages)
-    loads = num_n + dropped
 
     # --- 1. which tile
     wg = lax.axis_index("wg")
-    group, part = lax.div(wg, split), lax.rem(wg, split)
-    first = lax.axis_index("sm") * config.block_m + group
-    stride = lax.axis_size("sm") * config.block_m
-    trips = lax.div(R - first + stride - 1, stride)
+    group, part = _lib.row_share(wg, config.block_m, config.warpgroups)
+    # Beyond the last row TMA loads zeros and stores nothing.
+    row = lax.axis_index("rows") * config.block_m + group
 
-    def barrier(q):
+    def slot(q):
+        return wg, lax.rem(q, config.stages)
+
+    def full_at(q):
         return full.at[wg * config.stages + lax.rem(q, config.stages)]
 
-    def tile(smem, q, i):
-        return smem.at[wg, lax.rem(q, config.stages), pl.ds(i * runs, runs)]
-
-    def start_of(ni):
-        return (ni * split + part) * pieces
+    def start_of(q):
+        return (lax.rem(q, num_n) * split + part) * pieces
 
     def load(q):
-        @pl.when(q < trips * loads)
-        def _():
-            slot = (wg, lax.rem(q, config.stages))
-            row = first + lax.div(q, loads) * stride
-            source = (row, pl.ds(start_of(lax.rem(lax.rem(q, loads), num_n)), pieces))
-            plgpu.copy_gmem_to_smem(x_gmem.at[source], x_smem.at[slot], barrier(q))
-            if masked:
-                plgpu.copy_gmem_to_smem(mask_gmem.at[source], mask_smem.at[slot], barrier(q))
+        source = (row, pl.ds(start_of(q), pieces))
+        plgpu.copy_gmem_to_smem(x_gmem.at[source], x_smem.at[slot(q)], full_at(q))
+        if masked:
+            plgpu.copy_gmem_to_smem(mask_gmem.at[source], mask_smem.at[slot(q)], full_at(q))
+
+    def tile(smem, q, i):
+        return smem.at[*slot(q), pl.ds(i * runs, runs)]
 
     def along(statistic):
         return plgpu.layout_cast(lax.broadcast_in_dim(statistic, (runs, piece), [0]), layout)
 
-    def scores(q, ni, row):
+    def scores(q, limited):
         """scale * x of a chunk, -inf where it is masked or beyond the row. Tiles [runs, piece]"""
-        limited = causal_offset is not None or N % (split * config.block_n)
         if limited:
             end = N if causal_offset is None else jnp.minimum(N, row + causal_offset + 1)
-            end = end - (ni * split + part) * config.block_n
             run, within = (
                 plgpu.broadcasted_iota(jnp.int32, (runs, piece), axis, layout=layout)
                 for axis in (0, 1)
@@ -155,95 +151,82 @@ def _softmax_fwd_kernel(
             if masked:
                 s = jnp.where(plgpu.load(tile(mask_smem, q, i), layout=layout) != 0, s, -jnp.inf)
             if limited:
-                s = jnp.where(column < end - i * runs * piece, s, -jnp.inf)
+                s = jnp.where(column < end - (start_of(q) + i * runs) * piece, s, -jnp.inf)
             yield s
 
-    @pl.loop(0, jnp.minimum(config.stages, trips * loads))
-    def _(q):
+    # --- 2. main loop
+    for q in range(min(config.stages, num_n)):
         load(q)
 
-    @pl.loop(0, trips)
-    def _(trip):
-        row = first + trip * stride
-        q0 = trip * loads
+    def accumulate(q, carry, limited):
+        top, total = carry
+        plgpu.barrier_wait(full_at(q))
+        s = list(scores(q, limited))
+        top, old = jnp.maximum(top, functools.reduce(jnp.maximum, s).max(axis=1)), top  # [runs]
+        base = jnp.where(top == -jnp.inf, 0.0, top)
+        e = [jnp.exp(values - along(base)) for values in s]
+        total = total * jnp.exp(old - base) + sum(e).sum(axis=1)
+        return (top, total), e
 
-        # --- 2. main loop
-        def accumulate(ni, top, total):
-            plgpu.barrier_wait(barrier(q0 + ni))
-            s = list(scores(q0 + ni, ni, row))
-            top, old = jnp.maximum(top, functools.reduce(jnp.maximum, s).max(axis=1)), top  # [runs]
-            base = jnp.where(top == -jnp.inf, 0.0, top)
-            e = [jnp.exp(part - along(base)) for part in s]
-            total = total * jnp.exp(old - base) + sum(e).sum(axis=1)
-            return top, total, e
+    def step(q, carry):
+        carry, _ = accumulate(q, carry, causal_offset is not None)
 
-        def step(ni, carry):
-            top, total, _ = accumulate(ni, *carry)
-
-            @pl.when(ni < dropped)
-            def _():
-                plgpu.commit_smem()
-                load(q0 + ni + config.stages)
-
-            return top, total
-
-        start = (
-            plgpu.layout_cast(jnp.full((runs,), -jnp.inf, jnp.float32), layout.reduce(1)),
-            plgpu.layout_cast(jnp.zeros((runs,), jnp.float32), layout.reduce(1)),
-        )
-        if num_n == 1:
-            top, total, e = accumulate(0, *start)
-        else:
-            top, total = lax.fori_loop(0, num_n, step, start)
-
-        # --- 3. epilogue
-        # Two sets of statistics in turn: whoever writes one again has seen everyone read it.
-        turn = lax.rem(trip, 2)
-        stats_smem[turn, 0, wg] = top
-        stats_smem[turn, 1, wg] = total
-        plgpu.barrier_arrive(met.at[group])
-        plgpu.barrier_wait(met.at[group])
-        everyone = [(group * split + i, run) for i in range(split) for run in range(runs)]
-        tops = [stats_smem[turn, 0, *one] for one in everyone]
-        row_top = functools.reduce(jnp.maximum, tops)
-        row_top = jnp.where(row_top == -jnp.inf, 0.0, row_top)
-        row_sum = sum(
-            stats_smem[turn, 1, *one] * jnp.exp(of - row_top)
-            for one, of in zip(everyone, tops, strict=True)
-        )
-        factor = jnp.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
-
-        # --- 4. store
-        def store(ni, y):
-            q = q0 + dropped + ni
-            for i, values in zip(tiles, y, strict=True):
-                tile(x_smem, q, i)[...] = values.astype(x_smem.dtype)
+        @pl.when(q < dropped)
+        def _():
             plgpu.commit_smem()
-            _lib.store_row_chunk(
-                x_smem.at[wg, lax.rem(q, config.stages)],
-                y_gmem,
-                row,
-                start_of(lax.rem(dropped + ni, num_n)),
-            )
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             load(q + config.stages)
 
-        if num_n == 1:
-            own = jnp.where(top == -jnp.inf, 0.0, top)
-            factors = along(jnp.exp(own - row_top) * factor)
-            store(0, [values * factors for values in e])
-        else:
+        return carry
 
-            @pl.loop(0, num_n)
-            def _(ni):
-                q = q0 + dropped + ni
+    start = tuple(
+        plgpu.layout_cast(jnp.full((runs,), value, jnp.float32), layout.reduce(1))
+        for value in (-jnp.inf, 0.0)
+    )
+    # Only the last chunk can reach beyond the row.
+    before = lax.fori_loop(0, num_n - 1, step, start) if num_n > 1 else start
+    limited = causal_offset is not None or N % (split * config.block_n) != 0
+    (top, total), e = accumulate(jnp.int32(num_n - 1), before, limited)
 
-                @pl.when(ni >= num_n - dropped)
-                def _():
-                    plgpu.barrier_wait(barrier(q))
+    # --- 3. epilogue
+    stats_smem[0, wg] = top
+    stats_smem[1, wg] = total
+    plgpu.barrier_arrive(met.at[group])
+    plgpu.barrier_wait(met.at[group])
+    everyone = [(group * split + i, run) for i in range(split) for run in range(runs)]
+    tops = [stats_smem[0, *one] for one in everyone]
+    row_top = functools.reduce(jnp.maximum, tops)
+    row_top = jnp.where(row_top == -jnp.inf, 0.0, row_top)
+    row_sum = sum(
+        stats_smem[1, *one] * jnp.exp(of - row_top) for one, of in zip(everyone, tops, strict=True)
+    )
+    factor = jnp.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
 
-                s = scores(q, lax.rem(dropped + ni, num_n), row)
-                store(ni, [jnp.exp(values - row_top) * factor for values in s])
+    # --- 4. store
+    def store(q, y):
+        for i, values in zip(tiles, y, strict=True):
+            tile(x_smem, q, i)[...] = values.astype(x_smem.dtype)
+        plgpu.commit_smem()
+        _lib.store_row_chunk(x_smem.at[slot(q)], y_gmem, row, start_of(q))
+
+    if num_n == 1:
+        own = jnp.where(top == -jnp.inf, 0.0, top)
+        factors = along(jnp.exp(own - row_top) * factor)
+        store(jnp.int32(0), [values * factors for values in e])
+    else:
+
+        @pl.loop(dropped, num_n + dropped)
+        def _(q):
+            @pl.when(q >= num_n)
+            def _():
+                plgpu.barrier_wait(full_at(q))
+
+            s = scores(q, causal_offset is not None)
+            store(q, [jnp.exp(values - row_top) * factor for values in s])
+
+            @pl.when(q + config.stages < num_n + dropped)
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                load(q + config.stages)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -258,7 +241,6 @@ def _softmax_bwd_kernel(
     full: Any,
     met: Any,
     *,
-    R: int,
     N: int,
     scale: float,
     config: Config,
@@ -269,96 +251,83 @@ def _softmax_bwd_kernel(
     split = config.warpgroups // config.block_m
     num_n = _lib.cdiv(N, split * config.block_n)
     dropped = max(0, num_n - config.stages)
-    loads = num_n + dropped
 
     # --- 1. which tile
     wg = lax.axis_index("wg")
-    group, part = lax.div(wg, split), lax.rem(wg, split)
-    first = lax.axis_index("sm") * config.block_m + group
-    stride = lax.axis_size("sm") * config.block_m
-    trips = lax.div(R - first + stride - 1, stride)
+    group, part = _lib.row_share(wg, config.block_m, config.warpgroups)
+    # Beyond the last row TMA loads zeros and stores nothing.
+    row = lax.axis_index("rows") * config.block_m + group
 
-    def barrier(q):
+    def slot(q):
+        return wg, lax.rem(q, config.stages)
+
+    def full_at(q):
         return full.at[wg * config.stages + lax.rem(q, config.stages)]
 
-    def tile(smem, q, i):
-        return smem.at[wg, lax.rem(q, config.stages), pl.ds(i * runs, runs)]
-
-    def start_of(ni):
-        return (ni * split + part) * pieces
+    def start_of(q):
+        return (lax.rem(q, num_n) * split + part) * pieces
 
     def load(q):
-        @pl.when(q < trips * loads)
-        def _():
-            slot = (wg, lax.rem(q, config.stages))
-            row = first + lax.div(q, loads) * stride
-            source = (row, pl.ds(start_of(lax.rem(lax.rem(q, loads), num_n)), pieces))
-            plgpu.copy_gmem_to_smem(y_gmem.at[source], y_smem.at[slot], barrier(q))
-            plgpu.copy_gmem_to_smem(dy_gmem.at[source], dy_smem.at[slot], barrier(q))
+        source = (row, pl.ds(start_of(q), pieces))
+        plgpu.copy_gmem_to_smem(y_gmem.at[source], y_smem.at[slot(q)], full_at(q))
+        plgpu.copy_gmem_to_smem(dy_gmem.at[source], dy_smem.at[slot(q)], full_at(q))
+
+    def tile(smem, q, i):
+        return smem.at[*slot(q), pl.ds(i * runs, runs)]
 
     def read(smem, q, i):
         return plgpu.load(tile(smem, q, i), layout=layout).astype(jnp.float32)
 
-    @pl.loop(0, jnp.minimum(config.stages, trips * loads))
-    def _(q):
+    # --- 2. main loop
+    for q in range(min(config.stages, num_n)):
         load(q)
 
-    @pl.loop(0, trips)
-    def _(trip):
-        row = first + trip * stride
-        q0 = trip * loads
+    def accumulate(q, dot):
+        plgpu.barrier_wait(full_at(q))
+        for i in tiles:
+            dot = dot + read(y_smem, q, i) * read(dy_smem, q, i)
+        if dropped:
 
-        # --- 2. main loop
-        def accumulate(ni, dot):
-            q = q0 + ni
-            plgpu.barrier_wait(barrier(q))
-            for i in tiles:
-                dot = dot + read(y_smem, q, i) * read(dy_smem, q, i)
-            if dropped:
+            @pl.when(q < dropped)
+            def _():
+                plgpu.commit_smem()
+                load(q + config.stages)
 
-                @pl.when(ni < dropped)
-                def _():
-                    plgpu.commit_smem()
-                    load(q + config.stages)
+        return dot
 
-            return dot
+    start = plgpu.layout_cast(jnp.zeros((runs, piece), jnp.float32), layout)
+    dot = lax.fori_loop(0, num_n, accumulate, start).sum(axis=1)  # [runs]
 
-        start = plgpu.layout_cast(jnp.zeros((runs, piece), jnp.float32), layout)
-        dot = lax.fori_loop(0, num_n, accumulate, start).sum(axis=1)  # [runs]
+    # --- 3. epilogue
+    stats_smem[0, wg] = dot
+    plgpu.barrier_arrive(met.at[group])
+    plgpu.barrier_wait(met.at[group])
+    row_dot = sum(
+        stats_smem[0, group * split + i, run] for i in range(split) for run in range(runs)
+    )
 
-        # --- 3. epilogue
-        turn = lax.rem(trip, 2)
-        stats_smem[turn, 0, wg] = dot
-        plgpu.barrier_arrive(met.at[group])
-        plgpu.barrier_wait(met.at[group])
-        row_dot = sum(
-            stats_smem[turn, 0, group * split + i, run] for i in range(split) for run in range(runs)
-        )
+    # --- 4. store
+    @pl.loop(dropped, num_n + dropped)
+    def _(q):
+        if dropped:
 
-        # --- 4. store
-        @pl.loop(0, num_n)
-        def _(ni):
-            q = q0 + dropped + ni
-            if dropped:
+            @pl.when(q >= num_n)
+            def _():
+                plgpu.barrier_wait(full_at(q))
 
-                @pl.when(ni >= num_n - dropped)
-                def _():
-                    plgpu.barrier_wait(barrier(q))
+        for i in tiles:
+            dx = read(y_smem, q, i) * (read(dy_smem, q, i) - row_dot)
+            if scale != 1.0:
+                dx = dx * scale
+            tile(dy_smem, q, i)[...] = dx.astype(dy_smem.dtype)
+        plgpu.commit_smem()
+        _lib.store_row_chunk(dy_smem.at[slot(q)], dx_gmem, row, start_of(q))
+        if dropped:
 
-            for i in tiles:
-                dx = read(y_smem, q, i) * (read(dy_smem, q, i) - row_dot)
-                if scale != 1.0:
-                    dx = dx * scale
-                tile(dy_smem, q, i)[...] = dx.astype(dy_smem.dtype)
-            plgpu.commit_smem()
-            _lib.store_row_chunk(
-                dy_smem.at[wg, lax.rem(q, config.stages)],
-                dx_gmem,
-                row,
-                start_of(lax.rem(dropped + ni, num_n)),
-            )
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            load(q + config.stages)
+            @pl.when(q + config.stages < num_n + dropped)
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                load(q + config.stages)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -374,25 +343,21 @@ def _launch(kernel: Any, name: str, arrays: tuple[jax.Array, ...], N: int, confi
         )
     slots = (config.warpgroups, config.stages, config.block_n // piece, piece)
     y = plgpu.kernel(
-        functools.partial(kernel, R=R, N=N, config=config),
+        functools.partial(kernel, N=N, config=config),
         out_type=jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype),
         scratch_types=[
             *(plgpu.SMEM(slots, array.dtype) for array in arrays),
-            plgpu.SMEM((2, 2, config.warpgroups, runs), jnp.float32),
+            plgpu.SMEM((2, config.warpgroups, runs), jnp.float32),
             plgpu.Barrier(num_arrivals=len(arrays), num_barriers=config.warpgroups * config.stages),
             plgpu.Barrier(
                 num_arrivals=config.warpgroups // config.block_m, num_barriers=config.block_m
             ),
         ],
-        grid=(_lib.row_programs(R, config.block_m, config.programs),),
-        grid_names=("sm",),
+        grid=(_lib.cdiv(R, config.block_m),),
+        grid_names=("rows",),
         num_threads=config.warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=_lib.ROW_PARAMS,
         kernel_name=name,
     )(*arrays)
     return y.reshape(R, -1)[:, :N]
