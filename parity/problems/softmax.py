@@ -29,10 +29,11 @@ def _rows(R: int, N: int, dtype: str = "bfloat16", *tags: str, name: str = "", *
 WORKLOADS = (
     _rows(9, 1003, "float16", "ci", name="ci", options={"scale": 0.7}),
     # rows that keep nothing, some, everything
-    _rows(
-        307, 300, "float32", "ci", name="ci_causal", options={"scale": -1.3, "causal_offset": -2}
+    _rows(5, 3, "float32", "ci", name="ci_causal", options={"scale": -1.3, "causal_offset": -1}),
+    # both masks at once; the causal one reaches the first rows' last columns
+    Workload(
+        "ci_mask", {"R": 7, "N": 264}, "float16", ("ci",), {"scale": 1.5, "causal_offset": 260}
     ),
-    Workload("ci_mask", {"R": 7, "N": 264}, "float16", ("ci",), {"scale": 1.5}),
     # a row exceeds what one block holds (float32: in float16 its elements would be subnormal)
     _rows(3, 60_003, "float32", "ci", name="ci_long_row"),
     _rows(16384, 4096),
