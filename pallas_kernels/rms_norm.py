@@ -92,9 +92,9 @@ def _config(N: int, dtype: Any, w_dtype: Any, which: str) -> Config:
         if N <= 4096:
             block_m, split, num_n = 4, 1, 1
         elif N <= 8192:
-            block_m, split, num_n = 1, 4 if residual else 1, 1
+            block_m, split, num_n = (1, 4, 1) if residual else (2, 1, 1)
         else:
-            block_m, split, num_n = 1 if residual else 2, 4, 2
+            block_m, split, num_n = (1, 4, 2) if residual else (2, 2, 2)
         arrays, programs, most = 1 + residual, 1, num_n
     else:
         # Two blocks for short rows: one computes while the other waits for its row to meet.
