@@ -387,7 +387,8 @@ def test_a_bench_times_both_twins_and_their_peers(fake_gpu: dict[str, float]):
     assert found["triton"]["us"]["p50"] == 110.0
     assert found["triton"]["roof"] == pytest.approx(100 / 110)
     assert found["pallas"]["roof"] == pytest.approx(100 / 125)
-    assert found["triton"]["config"] == found["pallas"]["config"] == {"block_m": 328}
+    columns = problem("matmul").workload("ci")["N"]
+    assert found["triton"]["config"] == found["pallas"]["config"] == {"block_m": columns}
     assert found["peer:cublas"]["check"] == "none" and found["peer:cublas"]["us"]["p50"] == 150.0
     assert found["peer:jax.mosaic_example"]["us"] is None  # no Mosaic GPU kernel runs here
     assert len({row["run"] for row in found.values()}) == 1
