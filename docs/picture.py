@@ -119,7 +119,7 @@ def draw() -> str:
             text(x + 16, 387, title, "title"),
             *(
                 text(x + 16, 408 + 18 * i, line, "soft")
-                for i, line in enumerate(textwrap.wrap(words, 38))
+                for i, line in enumerate(textwrap.wrap(words, 36))
             ),
         ]
     label = "One problem, two twins with the same four stages, and the three gates both pass"
