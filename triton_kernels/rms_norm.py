@@ -184,8 +184,9 @@ def _rms_norm_fwd_kernel(
 @triton.jit
 def _load_hdy(h_rows, dy_rows, cols, inside, policy: tl.constexpr):
     """h and dy as they are stored."""
-    h = tl.load(h_rows + cols, inside, 0.0, eviction_policy=policy)
-    dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy=policy)
+    other = None if inside is None else 0.0
+    h = tl.load(h_rows + cols, inside, other, eviction_policy=policy)
+    dy = tl.load(dy_rows + cols, inside, other, eviction_policy=policy)
     return h, dy
 
 
@@ -208,7 +209,10 @@ def _store_dx(
     xh = h.to(tl.float32) * rstd
     dx = rstd * (dy.to(tl.float32) * _weight(w, w_offset) - xh * mean)
     if dh_rows is not None:
-        dx += tl.load(dh_rows + cols, mask=inside, other=0.0).to(tl.float32)
+        if inside is None:  # one of the chunks of a long row
+            tl.debug_barrier()
+        other = None if inside is None else 0.0
+        dx += tl.load(dh_rows + cols, mask=inside, other=other).to(tl.float32)
     tl.store(dx_rows + cols, dx.to(dx_rows.dtype.element_ty), mask=inside)
     return dy.to(tl.float32) * xh
 
@@ -224,9 +228,11 @@ def _rms_norm_bwd_kernel(
     dw_ptr,  # [programs, N] float32: this program's row of partial sums
     R, N, stride_hr, stride_dyr, stride_dhr, w_offset: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, chunks: tl.constexpr, groups: tl.constexpr,
-    even: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
+    even: tl.constexpr, packed: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     has_dh: tl.constexpr = dh_ptr is not None
+    if packed:  # one offset serves all
+        stride_hr, stride_dyr, stride_dhr = N, N, N
     # This program stores dx and sums dw of `chunks` tiles along n, from the first on. A row has
     # more where its dw would not fit the registers: then `groups` programs walk over the same rows.
     first = 0 if groups == 1 else tl.program_id(1) * chunks
@@ -266,50 +272,46 @@ def _rms_norm_bwd_kernel(
                 h_ptr + row * stride_hr, dy_ptr + row * stride_dyr, n0 + n, inside, "evict_last"
             )
             products += _products(h, dy, w, w_offset, 1, block_n)
-        for _ in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=1):
+        for _ in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=1, disable_licm=True):
             rstd = tl.load(rstd_ptr + row)
             mean = tl.sum(products) * rstd / N
             products = tl.zeros((1, block_n // 8), tl.float32)
-            next_row = row + tl.num_programs(0)
+            # The last row has no next: it comes again, from L1, and its sums go nowhere.
+            next_row = tl.where(row + tl.num_programs(0) < R, row + tl.num_programs(0), row)
             h_row, dy_row = h_ptr + row * stride_hr, dy_ptr + row * stride_dyr
             next_h_row, next_dy_row = h_ptr + next_row * stride_hr, dy_ptr + next_row * stride_dyr
             dh_row = dh_ptr + row * stride_dhr if has_dh else None
             if groups > 1:
-                for step in tl.range(chunks, tl.cdiv(N, block_n)):
+                # The last program has fewer than `chunks` of its own.
+                own = tl.minimum(tl.cdiv(N, block_n) - first, chunks)
+                for step in tl.range(own, tl.cdiv(N, block_n)):
                     cols = (first + step) % tl.cdiv(N, block_n) * block_n + n
-                    inside = (next_row < R) & (cols < N)
-                    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
+                    inside = cols < N
+                    w = tl.load(w_ptr + cols, mask=inside, other=0.0)
                     h, dy = _load_hdy(next_h_row, next_dy_row, cols, inside, "evict_last")
                     products += _products(h, dy, w, w_offset, 1, block_n)
             later = first * block_n + n
-            ahead_h, ahead_dy = _load_hdy(
-                next_h_row,
-                next_dy_row,
-                later,
-                (next_row < R) & (later >= 0 if even else later < N),
-                "evict_last",
-            )
+            exist = None if even else later < N
+            ahead_h, ahead_dy = _load_hdy(next_h_row, next_dy_row, later, exist, "evict_last")
             for ni in tl.static_range(chunks):
                 cols = (first + ni) * block_n + n
                 # Where block_n divides N, whether columns exist is no question, nor a register.
-                exist = cols >= 0 if even else cols < N
+                exist = None if even else cols < N
                 came_h, came_dy = ahead_h, ahead_dy
                 if ni + 1 < chunks:
                     later = cols + block_n
                     ahead_h, ahead_dy = _load_hdy(
-                        next_h_row,
-                        next_dy_row,
-                        later,
-                        (next_row < R) & (later >= 0 if even else later < N),
-                        "evict_last",
+                        next_h_row, next_dy_row, later, None if even else later < N, "evict_last"
                     )
+                w = tl.load(w_ptr + cols, mask=exist, other=None if even else 0.0)
+                products += _products(came_h, came_dy, w, w_offset, 1, block_n)
+                # Else the compiler starts this load early, and has no registers for it.
+                tl.debug_barrier()
                 h, dy = _load_hdy(h_row, dy_row, cols, exist, "evict_first")
-                w = tl.load(w_ptr + cols, mask=exist, other=0.0)
                 terms = _store_dx(
                     dx_ptr + row * N, dh_row, cols, exist, h, dy, w, rstd, mean, w_offset
                 )
                 dw = dw[:ni] + (dw[ni] + terms,) + dw[ni + 1 :]  # noqa: RUF005
-                products += _products(came_h, came_dy, w, w_offset, 1, block_n)
             row = next_row
 
     for ni in tl.static_range(chunks):
@@ -407,12 +409,13 @@ def _backward(
         resident = max(1, max(1, tiles.programs) * _lib.num_sms() // groups)
         block_m = tiles.block_m if N <= tiles.block_n else 1
         programs = min(_lib.cdiv(R, block_m), resident)
+        packed = all(t is None or t.stride(0) == N for t in (h, dy, dh))
         partial = h.new_empty(programs, N, dtype=torch.float32)
         _rms_norm_bwd_kernel[(programs, groups)](
             h, w, rstd, dy, dh, dx, partial, R, N,
             h.stride(0), dy.stride(0), 0 if dh is None else dh.stride(0), w_offset,
             block_m, tiles.block_n, chunks, groups,
-            N % tiles.block_n == 0, N <= tiles.block_n, tiles.stages,
+            N % tiles.block_n == 0, packed, N <= tiles.block_n, tiles.stages,
             num_warps=tiles.warps,
         )  # fmt: skip
         # 32 columns are one 128-byte line of float32; 64 rows of them keep 4 warps busy.
