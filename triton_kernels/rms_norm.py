@@ -202,17 +202,14 @@ def _products(h, dy, w, w_offset: tl.constexpr, block_m: tl.constexpr, block_n: 
 
 @triton.jit
 def _store_dx(
-    dx_rows, dh_rows, cols, inside, h, dy, w, rstd, mean,
+    dx_rows, cols, inside, h, dy, dh, w, rstd, mean,
     w_offset: tl.constexpr,
 ):  # fmt: skip
     """Stores dx and returns this tile's terms of dw."""
     xh = h.to(tl.float32) * rstd
     dx = rstd * (dy.to(tl.float32) * _weight(w, w_offset) - xh * mean)
-    if dh_rows is not None:
-        if inside is None:  # one of the chunks of a long row
-            tl.debug_barrier()
-        other = None if inside is None else 0.0
-        dx += tl.load(dh_rows + cols, mask=inside, other=other).to(tl.float32)
+    if dh is not None:
+        dx += dh.to(tl.float32)
     tl.store(dx_rows + cols, dx.to(dx_rows.dtype.element_ty), mask=inside)
     return dy.to(tl.float32) * xh
 
@@ -258,7 +255,8 @@ def _rms_norm_bwd_kernel(
             rstd = tl.load(rstd_ptr + rows, mask=rows < R, other=0.0)
             mean = total * rstd / N
             # --- 4. store
-            terms = _store_dx(dx_ptr + rows * N, dh_rows, n, inside, h, dy, w, rstd, mean, w_offset)
+            dh = tl.load(dh_rows + n, mask=inside, other=0.0) if has_dh else None
+            terms = _store_dx(dx_ptr + rows * N, n, inside, h, dy, dh, w, rstd, mean, w_offset)
             dw = (dw[0] + terms,)
     else:
         # One row at a time, block_m = 1. While its chunks are read a second time, from L1, and its
@@ -303,14 +301,14 @@ def _rms_norm_bwd_kernel(
                     ahead_h, ahead_dy = _load_hdy(
                         next_h_row, next_dy_row, later, None if even else later < N, "evict_last"
                     )
-                w = tl.load(w_ptr + cols, mask=exist, other=None if even else 0.0)
+                other = None if even else 0.0
+                dh = tl.load(dh_row + cols, mask=exist, other=other) if has_dh else None
+                w = tl.load(w_ptr + cols, mask=exist, other=other)
                 products += _products(came_h, came_dy, w, w_offset, 1, block_n)
                 # Else the compiler starts this load early, and has no registers for it.
                 tl.debug_barrier()
                 h, dy = _load_hdy(h_row, dy_row, cols, exist, "evict_first")
-                terms = _store_dx(
-                    dx_ptr + row * N, dh_row, cols, exist, h, dy, w, rstd, mean, w_offset
-                )
+                terms = _store_dx(dx_ptr + row * N, cols, exist, h, dy, dh, w, rstd, mean, w_offset)
                 dw = dw[:ni] + (dw[ni] + terms,) + dw[ni + 1 :]  # noqa: RUF005
             row = next_row
 
