@@ -58,7 +58,7 @@ lint: venv
 	@.venv/bin/pyright --pythonpath .venv/bin/python $(ARGS)
 
 docs: venv
-	@PYTHONPATH=docs .venv/bin/python -c 'import picture; picture.main()'
+	@PYTHONPATH=docs .venv/bin/python -c 'import picture, tried; picture.main(); tried.main()'
 	@.venv/bin/parity report --readme $(ARGS)
 
 lab: tmp

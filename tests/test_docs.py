@@ -90,3 +90,10 @@ def test_the_picture_is_current(monkeypatch: pytest.MonkeyPatch):
     import picture
 
     assert picture.PICTURE.read_text() == picture.draw(), "run `make docs`"
+
+
+def test_what_was_tried_is_current(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import tried
+
+    assert (ROOT / "docs" / "tried.md").read_text() == tried.rendered(), "run `make docs`"
