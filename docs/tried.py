@@ -1,4 +1,4 @@
-"""Renders docs/tried.md: where a speed bar was missed or just met, what limits it and what was tried."""
+"""Renders docs/tried.md: where a speed bar was missed or just met, and what was tried."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ RECORDS = HERE.parent / "parity" / "records" / "nvidia_h200"
 
 INTRO = """# What was tried
 
-Where a twin misses its speed bar, or meets it by a hair: what limits it, and the structures and Configs that
-were tried, each with what it was predicted to give and what it gave on an H200 (shares of the copy
-bandwidth measured in the same run). The rows of what is shipped are the committed records; what was tried and
-dropped is in `docs/tried.jsonl`. Rendered by `make docs`.
+Where a twin misses its speed bar, or meets it by a hair: what limits it, and the structures and
+Configs that were tried, each with what it was predicted to give and what it gave on an H200, as
+shares of a copy bandwidth of 4250 GB/s. What is shipped stands in the committed records, what was
+tried and dropped in `docs/tried.jsonl`. Rendered by `make docs`.
 """
 
 
