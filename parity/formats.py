@@ -60,6 +60,11 @@ class SmallFloat:
     def largest(self) -> float:
         return float(self.values[self.largest_code])
 
+    @property
+    def smallest(self) -> float:
+        """The smallest positive value, a subnormal."""
+        return float(self.values[1])
+
     @cached_property
     def values(self) -> np.ndarray:
         """float32 [2 ** bits]: the value of every code."""

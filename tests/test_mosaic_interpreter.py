@@ -8,7 +8,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from parity import frameworks
 from parity.frameworks import mosaic_interpreter
 
 GAPS = sorted(mosaic_interpreter.probe_kernels())
@@ -82,9 +81,10 @@ def test_a_missing_barrier_is_a_race(wait):
         assert "RACE" in mosaic_interpreter.races()[0]
 
 
-def test_a_run_of_the_harness_turns_a_race_into_an_error():
-    with pytest.raises(frameworks.DataRace, match="RACE"):
-        frameworks.twin("pallas").run(_handover(False), [jnp.zeros(128)], {})
+def test_watched_turns_a_race_into_an_error():
+    with pytest.raises(mosaic_interpreter.RaceError, match="RACE"):
+        with mosaic_interpreter.watched(), mosaic_interpreter.interpreting(detect_races=True):
+            _run(_handover(False), jnp.zeros(128))
 
 
 def _wgmma_ring(wait: bool):

@@ -161,6 +161,39 @@ def install() -> None:
         vars(module)["print"] = _messages.append
 
 
+class RaceError(RuntimeError):
+    """A kernel's threads touch the same memory in no defined order; the message says where."""
+
+
+def _params(detect_races: bool) -> Any:
+    return plgpu.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")
+
+
+def enter(detect_races: bool = False) -> None:
+    """Every kernel traced from now on in this process runs in the interpreter.
+
+    detect_races: also look for unordered accesses; see `watched`.
+    """
+    install()
+    plgpu.set_gpu_interpret_mode(_params(detect_races))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Raises RaceError at its end when kernels that ran inside raced (and races are looked for).
+
+    When an exception passes, the interpreter's state is reset, so that the next kernel can run.
+    """
+    _messages.clear()
+    try:
+        yield
+        if found := races():
+            raise RaceError("\n".join(found))
+    except BaseException:
+        _jax().calls.reset_gpu_interpret_mode_state()
+        raise
+
+
 @contextlib.contextmanager
 def interpreting(detect_races: bool = False) -> Iterator[None]:
     """Kernels traced inside run in the interpreter; memory nobody has written reads as NaN.
@@ -172,8 +205,7 @@ def interpreting(detect_races: bool = False) -> Iterator[None]:
     """
     install()
     _messages.clear()
-    params = plgpu.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")
-    with plgpu.force_gpu_interpret_mode(params):
+    with plgpu.force_gpu_interpret_mode(_params(detect_races)):
         try:
             yield
             jax.effects_barrier()
@@ -183,7 +215,7 @@ def interpreting(detect_races: bool = False) -> Iterator[None]:
 
 
 def races() -> list[str]:
-    """The races shown since `interpreting` was entered, in words."""
+    """The races shown since `interpreting` or `watched` was entered, in words."""
     jax.effects_barrier()
     return list(_messages)
 
