@@ -146,15 +146,17 @@ sys.exit(main(sys.argv[1:]))
 
 def test_list_needs_no_framework_and_little_time():
     spent = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    while len(spent) < 8 and min(spent, default=1.0) >= 0.3:
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", BLOCKED, str(ROOT), "list"], capture_output=True, text=True
         )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0 and "matmul" in done.stdout, done.stderr
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    # time of the processor, not of the clock: the machine is busy with other tests
+        # On a machine busy with other tests the clock runs on while this waits; on a quiet one
+        # NumPy's threads spend more of the processor than of the clock.
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        spent.append(min(wall, processor))
     assert min(spent) < 0.3
 
 
