@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 from parity import bench, cli, doctor, frameworks, record, report, timing, workers
+from parity.commands import shared
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = doctor.Machine((), "", "no NVIDIA driver")
@@ -119,7 +120,7 @@ def test_a_file_beside_is_suggested(tmp_path: Path, capsys):
     ("text", "seconds"), [("90s", 90), ("9m", 540), ("1h", 3600), ("1h30m", 5400), ("45", 45)]
 )
 def test_budgets(text: str, seconds: float):
-    assert cli._seconds(text) == seconds
+    assert cli.seconds(text) == seconds
 
 
 def test_list_shows_every_workload(capsys):
@@ -171,7 +172,7 @@ def test_both_twins_agree(fake, capsys):
 
 
 def test_a_red_check_is_said_with_its_reason(monkeypatch, fake, capsys):
-    problem = cli._problems(["softmax"])[0]
+    problem = shared.problems_of(["softmax"])[0]
     monkeypatch.setitem(problem.implementations, "pallas", "wrong")
     monkeypatch.setattr(report, "source_of", lambda target: "abc")
     assert parity("check", "softmax", "-w", "ci_mask", "--json") == 1
@@ -261,10 +262,11 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from parity import cli, doctor, report, workers
+from parity.commands import shared
 report.LOCAL = Path({local!r})
 doctor.machine = lambda: doctor.Machine((), "", "no NVIDIA driver")
 workers.command = lambda mode: [sys.executable, "-c", {fake!r}]
-cli._problems(["softmax"])[0].implementations["triton"] = "hang:" + {pid!r}
+shared.problems_of(["softmax"])[0].implementations["triton"] = "hang:" + {pid!r}
 sys.exit(cli.main(["check", "softmax", "--twin", "triton", "--jobs", "1"]))
 """
 
@@ -415,8 +417,8 @@ def test_what_a_gpu_means_for_each_twin(name, capability, compiled, words):
 def test_before_hopper_only_triton_runs_on_the_gpu(monkeypatch):
     a100 = doctor.Machine((doctor.Gpu("A100", (8, 0), 80 << 30),), "CUDA 13.0")
     monkeypatch.setattr(doctor, "machine", lambda: a100)
-    assert cli._mode("auto") == "gpu"
-    why = cli._runnable(("triton", "pallas"), "gpu")
+    assert shared.mode_of("auto") == "gpu"
+    why = shared.runnable(("triton", "pallas"), "gpu")
     assert not why["triton"] and "Hopper" in why["pallas"]
 
 

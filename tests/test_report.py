@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from parity import cli, doctor, record, report
+from parity.commands import all as everything
+from parity.commands import shared
 from parity.problems import PROBLEMS
 
 DEVICE = "NVIDIA H200"
@@ -316,25 +318,25 @@ def test_all_says_where_the_report_is_and_takes_the_worst_code(
     records, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(doctor, "machine", lambda: doctor.Machine((), "", "no driver"))
-    monkeypatch.setattr(cli, "PAGE", tmp_path / "index.html")
-    monkeypatch.setattr(cli, "_judged", lambda *a, **k: ([check("triton")], []))
+    monkeypatch.setattr(everything, "PAGE", tmp_path / "index.html")
+    monkeypatch.setattr(everything, "judged", lambda *a, **k: ([check("triton")], []))
     kernel = {"problem": "softmax", "workload": "w", "pass": "fwd", "twin": "triton", "kernel": "k"}
     good = kernel | {"status": "ok", "message": ""}
-    monkeypatch.setattr(cli, "_gated", lambda *a, **k: ([good], []))
+    monkeypatch.setattr(everything, "gated", lambda *a, **k: ([good], []))
     assert cli.main(["all"]) == 0
     out = capsys.readouterr().out
     assert f"The report is in {tmp_path / 'index.html'}" in out
     assert "All 1 checks pass" in out and "All 1 kernels pass" in out
     monkeypatch.setattr(report, "html", lambda results: "<!doctype html>")
     bad = good | {"status": "fail", "message": "spills 8 bytes"}
-    monkeypatch.setattr(cli, "_gated", lambda *a, **k: ([bad], []))
+    monkeypatch.setattr(everything, "gated", lambda *a, **k: ([bad], []))
     assert cli.main(["all", "--json"]) == 1
     said = json.loads(capsys.readouterr().out)
     assert said["exit"] == 1 and said["compile"]["kernels"][0]["message"] == "spills 8 bytes"
 
     def broken(*a, **k):
-        raise cli.Stop(cli.ENVIRONMENT, "no twin can run here")
+        raise everything.Stop(shared.ENVIRONMENT, "no twin can run here")
 
-    monkeypatch.setattr(cli, "_judged", broken)
-    monkeypatch.setattr(cli, "_gated", lambda *a, **k: ([good], []))
+    monkeypatch.setattr(everything, "judged", broken)
+    monkeypatch.setattr(everything, "gated", lambda *a, **k: ([good], []))
     assert cli.main(["all"]) == 3

@@ -1,0 +1,153 @@
+"""`parity check`: both twins against the float64 oracle, in worker processes."""
+
+import contextlib
+import os
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from parity.commands.shared import (
+    ENVIRONMENT,
+    FAILED,
+    PASS,
+    TWINS,
+    Pair,
+    Stop,
+    broken_is_environment,
+    console_of,
+    implementations,
+    mode_of,
+    print_json,
+    problems_of,
+    progress,
+    runnable,
+    selected,
+)
+
+if TYPE_CHECKING:
+    import parity.spec
+
+NOT_ON_A_CPU = (
+    "bfloat16 at full size: Triton's interpreter gets bfloat16 products wrong, and an interpreter "
+    "would take hours (the compile gate compiles it; a GPU checks it)"
+)
+
+
+def skipped_row(p: "parity.spec.Problem", w: "parity.spec.Workload") -> dict[str, str]:
+    return {"problem": p.stem, "workload": w.name, "why": NOT_ON_A_CPU}
+
+
+def run(args: Namespace) -> int:
+    impls = implementations(args)
+    mode = mode_of(args.device)
+    selection = selected(args, ("ci",) if mode == "cpu" else ("ci", "model"))
+    began = time.perf_counter()
+    rows, skipped = judged(
+        selection,
+        mode=mode,
+        twins=(args.twin,) if args.twin else TWINS,
+        impls=impls,
+        seed=args.seed,
+        timeout=args.timeout or (120.0 if impls else 300.0 if mode == "cpu" else 600.0),
+        workers=args.jobs,
+    )
+    if mode == "cpu" and not args.workload:  # what the default leaves out is said, not hidden
+        everything = [(p, w) for p in problems_of(args.stems) for w in p.workloads]
+        skipped += [skipped_row(p, w) for p, w in everything if "ci" not in w.tags]
+    ok = all(row["ok"] for row in rows)
+    if args.json:
+        print_json(
+            {"ok": ok, "device": mode, "seed": args.seed, "checks": rows, "not_run": skipped}
+        )
+    else:
+        show_checks(rows, skipped, mode, time.perf_counter() - began)
+    return PASS if ok else FAILED
+
+
+def judged(
+    selection: Sequence[Pair],
+    *,
+    mode: str,
+    twins: Sequence[str] = TWINS,
+    impls: dict[str, str] | None = None,
+    seed: int = 0,
+    timeout: float | None = None,
+    workers: int | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Runs the checks in child processes: (rows in order, what was not run and why)."""
+    from parity import report
+    from parity import workers as crew
+
+    able = runnable(tuple(impls or twins), mode)
+    jobs, skipped = [], []
+    for p, w in selection:
+        if mode == "cpu" and "ci" not in w.tags:
+            skipped.append(skipped_row(p, w))
+            continue
+        targets = dict(impls or {twin: p.implementations[twin] for twin in twins})
+        skipped += [
+            {"problem": p.stem, "workload": w.name, "twin": twin, "why": able[twin]}
+            for twin in targets
+            if able[twin]
+        ]
+        targets = {twin: target for twin, target in targets.items() if not able[twin]}
+        alone = "huge" in w.tags
+        jobs.append(crew.Job(p.stem, w.name, w.passes, w.dtype, targets, seed, alone))
+    if not jobs and selection:
+        raise Stop(ENVIRONMENT, f"none of the workloads runs here: {skipped[0]['why']}")
+
+    log = report.LOCAL / "workers.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    answers: dict[str, tuple[dict, ...]] = {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or (min(2, cores or 1) if mode == "cpu" and not impls else 1)
+    with progress(len(jobs), "check") as tell, broken_is_environment():
+        events = crew.run(
+            jobs,
+            mode=mode,
+            workers=workers,
+            timeout=timeout,
+            give_up=impls is not None,
+            log=log,
+        )
+        with contextlib.closing(events):
+            for event in events:
+                if event.rows is None:
+                    tell(event.phrase)
+                    continue
+                answers[event.job.name] = event.rows
+                if impls is None:
+                    report.keep_checks(event.rows, mode, event.job.impls)
+                bad = next((row["reason"] for row in event.rows if not row["ok"]), "")
+                tell(f"{event.job.name}: {bad or 'ok'}", len(answers))
+    return [row for job in jobs for row in answers[job.name]], skipped
+
+
+def show_checks(rows: list[dict], skipped: list[dict], mode: str, seconds: float) -> None:
+    from parity import report
+
+    console = console_of()
+    bad = [row for row in rows if not row["ok"]]
+    console.print(report.sentence_of_checks(rows, mode) + f" ({seconds:.0f} s)")
+    console.print(report.check_table(rows, console.width))
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in bad:
+        name = f"{row['problem']} {row['workload']} {row['which']} {row['impl']}"
+        alike.setdefault((row["reason"], row["detail"]), []).append(name)
+    for (reason, detail), names in alike.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        console.print(f"[bold red]{reason}[/]: {', '.join(names[:3])}{more}")
+        console.print(f"  {detail}", markup=False)
+    if any(row["reason"] in ("crash", "timeout") for row in bad):
+        console.print(f"What the workers printed: {report.LOCAL / 'workers.log'}", markup=False)
+    by_reason: dict[str, list[dict]] = {}
+    for item in skipped:
+        by_reason.setdefault(item["why"], []).append(item)
+    for why, items in by_reason.items():
+        names = list(dict.fromkeys(i.get("twin") or i["problem"] for i in items))
+        console.print(
+            f"Not run: {len(items)} workloads of {', '.join(names)}. {why[0].upper() + why[1:]}.",
+            markup=False,
+        )
