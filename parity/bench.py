@@ -46,6 +46,7 @@ class Contender:
     check: str = "none"
     error: float | None = None
     yardstick: float | None = None
+    ulp: Mapping[str, float] | None = None  # the distance between the twins
     compile_s: float | None = None
     launch_us: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -225,7 +226,7 @@ class _Pass:
             elif not c.check.startswith("fail"):
                 c.check = "pass"
             if verdict is not None:
-                c.error, c.yardstick = verdict.error, verdict.yardstick
+                c.error, c.yardstick, c.ulp = verdict.error, verdict.yardstick, verdict.ulp
             if c.check != "pass":
                 c.call = None
 
@@ -319,6 +320,7 @@ class _Pass:
             ),
             "samples": len(timed.samples) if timed else 0,
             "kernels": list(timed.kernels) if timed else [],
+            "ulp": c.ulp,
             "facts": dict(self.machine.facts),
         } | {k: v for k, v in shared.items() if k != "ceilings"}
         return row | ({"note": c.note} if c.note else {})

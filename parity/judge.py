@@ -212,20 +212,28 @@ def judge_twins(
 def ulp_histogram(a: Any, b: Any, largest: int = 8) -> dict[str, float]:
     """Shares of elements by distance in units in the last place: {"0": .., "1": .., ..., ">8": ..}.
 
-    Takes NumPy arrays of the storage dtype. Floats of one sign order like their bit patterns read
-    as integers.
+    Takes arrays of one storage dtype, on the host or a GPU. Floats of one sign order like their bit
+    patterns read as integers.
     """
-    size = np.dtype(a.dtype).itemsize
-    unsigned, sign = np.dtype(f"u{size}"), 1 << (8 * size - 1)
+    xp = array_api_compat.array_namespace(a, b)
+    bits = getattr(xp, f"int{8 * a.dtype.itemsize}")
+    lowest = -(1 << (8 * a.dtype.itemsize - 1))  # the bits of -0.0
 
-    def ordered(x: np.ndarray) -> np.ndarray:
-        bits = np.ascontiguousarray(x).view(unsigned).astype(np.int64)
-        return np.where(bits & sign, sign - bits, bits)
+    def ordered(x: Any) -> Any:
+        pattern = xp.astype(x.view(bits), xp.int64)
+        return xp.where(pattern < 0, lowest - pattern, pattern)
 
-    steps = np.abs(ordered(a) - ordered(b)).ravel()
-    counts = np.bincount(np.minimum(steps, largest + 1), minlength=largest + 2) / max(1, steps.size)
+    counts = [0] * (largest + 2)
+    a, b = _rows(a), _rows(b)
+    for start in range(0, a.shape[0], step := _rows_at_once(a.shape[1])):
+        rows = slice(start, start + step)
+        steps = xp.abs(ordered(a[rows, :]) - ordered(b[rows, :]))
+        for d in range(largest + 1):
+            counts[d] += int(xp.count_nonzero(steps == d))
+        counts[-1] += int(xp.count_nonzero(steps > largest))
     names = [*map(str, range(largest + 1)), f">{largest}"]
-    return {name: float(c) for name, c in zip(names, counts, strict=True) if c}
+    size = max(1, math.prod(a.shape))
+    return {name: count / size for name, count in zip(names, counts, strict=True) if count}
 
 
 def truth_and_model(problem: Problem, work: Workload, which: str, arrays: dict[str, Any]) -> tuple:

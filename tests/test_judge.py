@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from parity import faults
 from parity.judge import judge, judge_exact, judge_twins, limit, ulp_histogram
@@ -109,3 +110,5 @@ def test_ulp_histogram_counts_steps_across_zero():
     one_up = np.nextafter(a[0], np.float16(2))
     b = np.array([one_up, np.float16(6e-8), np.float16(-6e-8), 2.0], np.float16)
     assert ulp_histogram(a, b) == {"1": 0.75, ">8": 0.25}
+    on_torch = (torch.from_numpy(x).view(2, 2).T for x in (a, b))  # as on a GPU; any strides
+    assert ulp_histogram(*on_torch) == {"1": 0.75, ">8": 0.25}
