@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from parity import frameworks
 from parity.frameworks import mosaic_interpreter
 
 GAPS = sorted(mosaic_interpreter.probe_kernels())
@@ -82,7 +83,7 @@ def test_a_missing_barrier_is_a_race(wait):
 
 
 def test_watched_turns_a_race_into_an_error():
-    with pytest.raises(mosaic_interpreter.RaceError, match="RACE"):
+    with pytest.raises(frameworks.DataRace, match="RACE"):
         with mosaic_interpreter.watched(), mosaic_interpreter.interpreting(detect_races=True):
             _run(_handover(False), jnp.zeros(128))
 

@@ -182,10 +182,11 @@ def test_matmul_under_vmap():
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
+from parity import frameworks
 from parity.frameworks import mosaic_interpreter
 from pallas_kernels import matmul
 
-mosaic_interpreter.enter(detect_races=True)
+frameworks.interpreters()
 mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 x = jax.random.normal(jax.random.key(0), (32, 64), "bfloat16")
 w = jax.random.normal(jax.random.key(1), (64, 64), "bfloat16")

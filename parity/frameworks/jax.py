@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend import core as jcore
 
 from parity import frameworks
-from parity.frameworks import DataRace, Kernel, load_target
+from parity.frameworks import Kernel, load_target
 
 TWIN = "pallas"
 
@@ -102,12 +102,8 @@ def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any])
         return jax.block_until_ready(_compiled(fn, options)(*args))
     from parity.frameworks import mosaic_interpreter
 
-    with mosaic_interpreter.interpreting(detect_races=True):
-        out = jax.block_until_ready(_compiled(fn, options)(*args))
-        found = mosaic_interpreter.races()
-    if found:
-        raise DataRace(found[0])
-    return out
+    with mosaic_interpreter.interpreting(detect_races=True), mosaic_interpreter.watched():
+        return jax.block_until_ready(_compiled(fn, options)(*args))
 
 
 def _dirty_pool(args: Sequence[Any]) -> None:

@@ -35,6 +35,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from parity.frameworks import DataRace
+
 _ROOT = "jax._src.pallas.mosaic_gpu"
 _PRIVATE = {
     "callback": ("jax._src.callback", ("io_callback",)),
@@ -161,26 +163,9 @@ def install() -> None:
         vars(module)["print"] = _messages.append
 
 
-class RaceError(RuntimeError):
-    """A kernel's threads touch the same memory in no defined order; the message says where."""
-
-
-def _params(detect_races: bool) -> Any:
-    return plgpu.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")
-
-
-def enter(detect_races: bool = False) -> None:
-    """Every kernel traced from now on in this process runs in the interpreter.
-
-    detect_races: also look for unordered accesses; see `watched`.
-    """
-    install()
-    plgpu.set_gpu_interpret_mode(_params(detect_races))
-
-
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Raises RaceError at its end when kernels that ran inside raced (and races are looked for).
+    """Raises DataRace at its end when kernels that ran inside raced (and races are looked for).
 
     When an exception passes, the interpreter's state is reset, so that the next kernel can run.
     """
@@ -188,7 +173,7 @@ def watched() -> Iterator[None]:
     try:
         yield
         if found := races():
-            raise RaceError("\n".join(found))
+            raise DataRace("\n".join(found))
     except BaseException:
         _jax().calls.reset_gpu_interpret_mode_state()
         raise
@@ -205,7 +190,8 @@ def interpreting(detect_races: bool = False) -> Iterator[None]:
     """
     install()
     _messages.clear()
-    with plgpu.force_gpu_interpret_mode(_params(detect_races)):
+    params = plgpu.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")
+    with plgpu.force_gpu_interpret_mode(params):
         try:
             yield
             jax.effects_barrier()
