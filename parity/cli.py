@@ -170,10 +170,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--check", action="store_true", help="with --readme: only say if it is stale")
     sub.add_argument("--coverage", action="store_true", help="what is green and timed, or why not")
 
-    sub = command("diff", "compare two record files")
-    sub.add_argument("old", type=Path, metavar="OLD")
-    sub.add_argument("new", type=Path, metavar="NEW")
-    sub.add_argument("--fail-on", choices=("slower",), help="exit 1 if anything became so")
+    sub = command("diff", "what became faster or slower between two runs")
+    sub.add_argument(
+        "old",
+        nargs="?",
+        metavar="OLD",
+        help="a record file, a folder of them or a git revision (default: the last commit's "
+        "records; a single path is NEW)",
+    )
+    sub.add_argument("new", nargs="?", metavar="NEW", help="likewise (default: the records here)")
+    sub.add_argument(
+        "--fail-on", choices=("slower",), help="exit 1 if a twin became so, or its check red"
+    )
+    sub.add_argument("--all", action="store_true", help="every result, not only what changed")
 
     command("doctor", "what this machine can run, and why not the rest")
 

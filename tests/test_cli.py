@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from parity import bench, cli, doctor, frameworks, record, report, timing, workers
+from parity import bench, cli, doctor, frameworks, report, timing, workers
 from parity.commands import shared
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,6 @@ def parity(*args: str) -> int:
         (["check", "softmax", "--impl", "none.py:f", "--as", "pallas"], "no file"),
         (["bench", "--budget", "soon"], "1h30m"),
         (["report", "--check"], "--readme"),
-        (["diff", "one.jsonl"], "NEW"),
         (["diff", "one.jsonl", "two.jsonl"], "no file"),
         (["doctor", "matmul"], "no argument"),
     ],
@@ -284,20 +283,6 @@ def test_ctrl_c_ends_the_workers_too(tmp_path: Path, number: int):
     assert run.returncode == 130 and "Traceback" not in err and "interrupted" in err
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-
-
-def test_diff_keeps_the_good_rows_and_names_the_bad_line(tmp_path: Path, capsys):
-    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
-    for path, us in ((old, 100.0), (new, 120.0)):
-        record.append(path, row(us))
-    with open(new, "a") as file:
-        file.write('{"schema": 1, "probl')
-    assert parity("diff", str(old), str(new)) == 0
-    out, err = capsys.readouterr()
-    assert "1 slower" in out and f"{new}:2 refused: truncated" in err
-    assert parity("diff", str(old), str(new), "--fail-on", "slower", "--json") == 1
-    assert json.loads(capsys.readouterr().out)["counts"] == {"SLOWER": 1}
-    assert parity("diff", str(new), str(old), "--fail-on", "slower") == 0
 
 
 def row(us: float, **more) -> dict:

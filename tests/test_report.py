@@ -280,27 +280,6 @@ def test_report_json_and_html_together(records, tmp_path, capsys):
     assert not list(page.parent.glob("*.part"))
 
 
-def test_changes_between_two_runs():
-    p = PROBLEMS[1]
-    w = p.workload("softmax_8192x8192")
-
-    def records(**us: float | None) -> record.Records:
-        rows = [row(p, w, "fwd", impl, t) for impl, t in us.items()]
-        for r in rows:
-            r["check"] = "pass" if r["us"] else "fail:norm"
-        return record.Records(tuple(rows), ())
-
-    old = records(triton=100.0, pallas=100.0, gone=100.0)
-    found = report.changes(old, records(triton=90.0, pallas=None, new=50.0))
-    assert {c.key[-1]: c.verdict for c in found} == {
-        "triton": "FASTER",
-        "pallas": "red",
-        "gone": "removed",
-        "new": "added",
-    }
-    assert "1.11" in printed(report.change_table(found, 120), 120)
-
-
 def test_error_over_yardstick():
     assert report.ratio({"error": 3e-4, "yardstick": 2e-4}) == "1.50"
     assert report.ratio({"error": 0.0, "yardstick": 0.0}) == "exact"
