@@ -84,6 +84,12 @@ def default_config(R: int, N: int, dtype: Any, which: str = "fwd") -> Config:
     return _config(N, dtype, dtype, which)
 
 
+def _chosen(R: int, N: int, dtype: Any, w_dtype: Any, which: str) -> Config:
+    # A float32 w takes twice the room in shared memory that the ladder counts on.
+    same = w_dtype == dtype
+    return default_config(R, N, dtype, which) if same else _config(N, dtype, w_dtype, which)
+
+
 def _config(N: int, dtype: Any, w_dtype: Any, which: str) -> Config:
     residual = which.endswith("_residual")
     if which.startswith("fwd"):
@@ -470,7 +476,7 @@ def rms_norm_fwd(
         rstd = jnp.full((R,), jnp.float32(eps) ** -0.5)
         return (x if residual is None else (x, x)), (x, w, rstd)
     which = "fwd" if residual is None else "fwd_residual"
-    config = config or _config(N, x.dtype, w.dtype, which)
+    config = config or _chosen(R, N, x.dtype, w.dtype, which)
     kernel = functools.partial(
         _rms_norm_fwd_kernel,
         R=R,
@@ -513,7 +519,7 @@ def rms_norm_bwd(
     if 0 in (R, N):
         return jnp.zeros((R, N), h.dtype), jnp.zeros((N,), jnp.float32)
     which = "bwd" if dh is None else "bwd_residual"
-    config = config or _config(N, h.dtype, w.dtype, which)
+    config = config or _chosen(R, N, h.dtype, w.dtype, which)
     kernel = functools.partial(
         _rms_norm_bwd_kernel, R=R, N=N, w_offset=w_offset, residual=dh is not None, config=config
     )
