@@ -118,8 +118,6 @@ def compile_gate(
     Returns rows in the order of problems, workloads, passes, twins. A kernel that does not compile
     is a row with status "fail" and one readable line, never an exception.
     """
-    cache = cache or _ROOT / ".cache" / "compile"
-    environment = _environment(sass) if "pallas" in twins else None
     tasks = [
         task
         for problem in problems
@@ -127,6 +125,50 @@ def compile_gate(
         if (workload.name in workloads if workloads is not None else "model" in workload.tags)
         for task in _tasks(problem, workload, twins, passes, implementations or {}, configs or {})
     ]
+    _answer(tasks, sass, cache, progress, timeout)
+    return list(_in_order(tasks))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pass of one twin with one Config (a dict of its fields; None: the twin chooses)."""
+
+    problem: Problem
+    workload: Workload
+    which: str
+    twin: str
+    config: Mapping[str, Any] | None = None
+
+
+def compile_trials(
+    trials: Sequence[Trial],
+    *,
+    sass: bool | Path | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    timeout: float = 300.0,
+    jobs: int = 1,
+) -> list[list[CompileRow]]:
+    """The rows of each trial, as `compile_gate` has them. jobs: compilers at a time for a twin."""
+    tasks = [
+        next(_tasks(t.problem, t.workload, (t.twin,), (t.which,), {}, {t.twin: t.config}))
+        for t in trials
+    ]
+    _answer(tasks, sass, cache, progress, timeout, jobs)
+    return [list(_in_order([task])) for task in tasks]
+
+
+def _answer(
+    tasks: list["_Task"],
+    sass: bool | Path | None,
+    cache: Path | None,
+    progress: Progress | None,
+    timeout: float,
+    jobs: int = 1,
+) -> None:
+    """Gives every task its rows: those kept, or else the compilers'."""
+    cache = cache or _ROOT / ".cache" / "compile"
+    environment = _environment(sass) if any(task.twin == "pallas" for task in tasks) else None
     keys = _Keys(environment)
     done = 0
 
@@ -146,9 +188,11 @@ def compile_gate(
             finish(task, rows, keep=False)
         else:
             missing.setdefault(task.twin, []).append(task)
-    if missing:
-        _compile_all(missing, environment, cache, timeout, finish)
-    return list(_in_order(tasks))
+    shares = [
+        (twin, share) for twin, ts in missing.items() for i in range(jobs) if (share := ts[i::jobs])
+    ]
+    if shares:
+        _compile_all(shares, environment, cache, timeout, finish)
 
 
 def _in_order(tasks: list["_Task"]) -> Iterator[CompileRow]:
@@ -361,7 +405,7 @@ def _store(cache: Path, key: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _compile_all(
-    missing: Mapping[str, list[_Task]],
+    shares: Sequence[tuple[str, list[_Task]]],
     site: Path | None,
     cache: Path,
     timeout: float,
@@ -370,7 +414,7 @@ def _compile_all(
     answers: _Answers = queue.Queue()
     crew = _Crew()
     threads = []
-    for twin, tasks in missing.items():
+    for twin, tasks in shares:
         main = "main()"
         if twin == "pallas" and site is not None:
             main = f"main({str(site)!r}, {str(cache.resolve())!r})"
@@ -379,7 +423,7 @@ def _compile_all(
         threads.append(threading.Thread(target=_drive, args=args, daemon=True))
         threads[-1].start()
     try:
-        for _ in range(sum(map(len, missing.values()))):
+        for _ in range(sum(len(tasks) for _, tasks in shares)):
             finish(*answers.get())
     finally:  # interrupted or not: no compiler stays behind
         crew.dismiss()

@@ -272,8 +272,8 @@ def fake_workers(monkeypatch):
     """Replaces the compilers; returns the tasks they were asked for."""
     asked = []
 
-    def compile_all(missing, site, cache, timeout, finish):
-        for task in [task for tasks in missing.values() for task in tasks]:
+    def compile_all(shares, site, cache, timeout, finish):
+        for task in [task for _, tasks in shares for task in tasks]:
             asked.append((task.workload, task.twin))
             row = {"pass": "fwd", "kernel": "k", "status": "ok", "config": {"block_m": 64}}
             finish(task, [row | {"grid": [132, 1, 1]}], True)
@@ -311,10 +311,23 @@ def test_another_source_or_config_or_size_is_another_answer(tmp_path, fake_worke
     assert len(fake_workers) == 6
 
 
+def test_trials_of_many_configs_share_the_compilers_and_keep_their_order(tmp_path, fake_workers):
+    (toy,) = toys(tmp_path)
+    configs = [None, *({"block_m": 2**i} for i in range(5))]
+    trials = [gate.Trial(toy, toy.workloads[0], "fwd", "triton", config) for config in configs]
+    seen = []
+    found = gate.compile_trials(
+        trials, cache=tmp_path, jobs=3, progress=lambda *step: seen.append(step[:2])
+    )
+    assert len(found) == len(fake_workers) == 6 and seen[-1] == (6, 6)
+    assert all([row.which for row in rows] == ["fwd"] for rows in found)
+    assert gate.compile_trials(trials[:2], cache=tmp_path) == found[:2] and len(fake_workers) == 6
+
+
 def test_an_answer_of_edited_sources_is_not_kept(tmp_path, monkeypatch):
-    def compile_all(missing, site, cache, timeout, finish):
+    def compile_all(shares, site, cache, timeout, finish):
         toys(tmp_path, "def toy(x): return 'edited meanwhile'\n")
-        for task in missing["triton"]:
+        for task in [task for _, tasks in shares for task in tasks]:
             finish(task, [{"pass": "fwd", "kernel": "k", "status": "ok"}], True)
 
     monkeypatch.setattr(gate, "_compile_all", compile_all)

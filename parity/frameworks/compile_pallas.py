@@ -58,7 +58,9 @@ def compile_one(assemble: Assembler | None, request: Request) -> list[Row]:
     configs = Configs(kernel.public, request["config"])
     inputs = [_struct(d) for d in request["inputs"]]
     cotangents = [_struct(d) for d in request["cotangents"]]
-    forward = functools.partial(kernel.fwd, **request["options"], **configs.keywords)
+    # asked for the backward alone, a Config is the backward's
+    keywords = configs.keywords if "fwd" in request["passes"] else {}
+    forward = functools.partial(kernel.fwd, **request["options"], **keywords)
     rows: list[Row] = []
     if "fwd" in request["passes"]:
         rows += _lower(assemble, request, "fwd", configs, forward, inputs)

@@ -37,12 +37,14 @@ def compile_one(gate: triton_compile_only.CompileOnly, request: Request) -> list
     configs = Configs(kernel.public, request["config"])
     inputs = [_meta(d) for d in request["inputs"]]
     cotangents = [_meta(d) for d in request["cotangents"]]
+    # asked for the backward alone, a Config is the backward's
+    keywords = configs.keywords if "fwd" in request["passes"] else {}
     rows: list[Row] = []
     res: Any = None
 
     def forward() -> None:
         nonlocal res
-        _, res = kernel.fwd(*inputs, **request["options"], **configs.keywords)
+        _, res = kernel.fwd(*inputs, **request["options"], **keywords)
 
     def backward() -> None:
         kernel.bwd(res, *cotangents, **request["bwd_options"], **configs.keywords)
