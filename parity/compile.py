@@ -118,6 +118,7 @@ def compile_gate(
     Returns rows in the order of problems, workloads, passes, twins. A kernel that does not compile
     is a row with status "fail" and one readable line, never an exception.
     """
+    environment = _environment(sass) if "pallas" in twins else None
     tasks = [
         task
         for problem in problems
@@ -125,7 +126,7 @@ def compile_gate(
         if (workload.name in workloads if workloads is not None else "model" in workload.tags)
         for task in _tasks(problem, workload, twins, passes, implementations or {}, configs or {})
     ]
-    _answer(tasks, sass, cache, progress, timeout)
+    _answer(tasks, environment, cache, progress, timeout)
     return list(_in_order(tasks))
 
 
@@ -150,17 +151,18 @@ def compile_trials(
     jobs: int = 1,
 ) -> list[list[CompileRow]]:
     """The rows of each trial, as `compile_gate` has them. jobs: compilers at a time for a twin."""
+    environment = _environment(sass) if any(t.twin == "pallas" for t in trials) else None
     tasks = [
         next(_tasks(t.problem, t.workload, (t.twin,), (t.which,), {}, {t.twin: t.config}))
         for t in trials
     ]
-    _answer(tasks, sass, cache, progress, timeout, jobs)
+    _answer(tasks, environment, cache, progress, timeout, jobs)
     return [list(_in_order([task])) for task in tasks]
 
 
 def _answer(
     tasks: list["_Task"],
-    sass: bool | Path | None,
+    environment: Path | None,
     cache: Path | None,
     progress: Progress | None,
     timeout: float,
@@ -168,7 +170,6 @@ def _answer(
 ) -> None:
     """Gives every task its rows: those kept, or else the compilers'."""
     cache = cache or _ROOT / ".cache" / "compile"
-    environment = _environment(sass) if any(task.twin == "pallas" for task in tasks) else None
     keys = _Keys(environment)
     done = 0
 
