@@ -38,7 +38,8 @@ Progress = Callable[[int, int, str], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FRAMEWORKS = Path(__file__).resolve().parent / "frameworks"
-_SCHEMA = 1
+CACHE = _ROOT / ".cache" / "compile"
+_SCHEMA = 2
 _DISTRIBUTIONS = {"triton": ("triton", "torch"), "pallas": ("jax", "jaxlib")}
 _PLUGIN = "jax_plugins/xla_cuda13/xla_cuda_plugin.so"
 
@@ -72,6 +73,7 @@ class CompileRow:
     tma_store: int | None = None
     tma_descriptors: int | None = None
     serialised_wgmma: bool | None = None
+    listing: str = ""  # file in the cache with its PTX and machine code
 
     @property
     def fails(self) -> bool:
@@ -169,7 +171,7 @@ def _answer(
     jobs: int = 1,
 ) -> None:
     """Gives every task its rows: those kept, or else the compilers'."""
-    cache = cache or _ROOT / ".cache" / "compile"
+    cache = cache or CACHE
     keys = _Keys(environment)
     done = 0
 
@@ -389,6 +391,8 @@ def _fetch(cache: Path, key: str) -> list[dict[str, Any]] | None:
         rows = kept["rows"]
         for row in rows:
             CompileRow.from_json({"problem": "", "workload": "", "twin": ""} | row)
+            if row.get("listing") and not (cache / row["listing"]).is_file():
+                return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return rows if kept.get("key") == key else None
@@ -416,10 +420,10 @@ def _compile_all(
     crew = _Crew()
     threads = []
     for twin, tasks in shares:
-        main = "main()"
+        places = [str(cache.resolve())]
         if twin == "pallas" and site is not None:
-            main = f"main({str(site)!r}, {str(cache.resolve())!r})"
-        code = f"from parity.frameworks.compile_{twin} import main; {main}"
+            places.append(str(site))
+        code = f"from parity.frameworks.compile_{twin} import main; main(*{places!r})"
         args = (code, tasks, timeout, answers, crew)
         threads.append(threading.Thread(target=_drive, args=args, daemon=True))
         threads[-1].start()

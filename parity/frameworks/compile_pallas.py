@@ -3,7 +3,7 @@
 Lowering at production shapes checks layouts, alignment, TMA and wgmma rules and shared memory; the
 lowered module also tells grid, shared memory and TMA descriptors. Registers and spills need ptxas:
 `parity.frameworks.compile_sass`, where the environment for it exists. Runs in a process of its own
-on the CPU platform: `from parity.frameworks.compile_pallas import main; main()`.
+on the CPU platform: `from parity.frameworks.compile_pallas import main; main(cache)`.
 
 Not public, checked on jax 0.11.2: the custom call's name and attribute, and the names of the
 operations inside the module.
@@ -40,8 +40,9 @@ NUM_SMS = 132
 _DIALECT = "stable_mosaic_gpu."
 
 
-def main(environment: str = "", cache: str = "") -> None:
-    """`environment` is the folder with jax's CUDA plugin; empty: lowering alone."""
+def main(cache: str, environment: str = "") -> None:
+    """`cache` is the folder for listings, `environment` that with jax's CUDA plugin; empty:
+    lowering alone."""
     # persistent kernels size their grid by the GPU: answer for the one that is not here
     vars(importlib.import_module("pallas_kernels._lib"))["num_sms"] = lambda: NUM_SMS
     assemble = Assembler(Path(environment), Path(cache)) if environment else None
@@ -136,7 +137,8 @@ def _read(module: bytes, context: Any) -> Row:
         "kernel": ir.StringAttr(parsed.attributes["sym_name"]).value,
         "wgmma": text.count("wgmma.mma_async"),
         "tma_load": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.shared.cluster.global"'),
-        "tma_store": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.global.shared.cta"'),
+        "tma_store": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.global.shared.cta"')
+        + text.count(f'"{_DIALECT}nvvm.cp.async.bulk.global.shared.cta"'),
         "tma_descriptors": text.count("callee = @mosaic_gpu_init_tma_desc"),
         **_launch(text),
     }

@@ -22,7 +22,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from parity.frameworks.compile_worker import Row, ptxas_numbers, sass_numbers, verdict
+from parity.frameworks.compile_worker import (
+    Row,
+    keep_listing,
+    ptxas_numbers,
+    sass_numbers,
+    verdict,
+)
 
 # 75 is CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR; the minor version is 0
 _DRIVER = """
@@ -42,7 +48,11 @@ class Assembler:
 
     def __init__(self, environment: Path, cache: Path):
         """`environment`: site-packages with the plugin. RuntimeError without a C compiler."""
-        self._job = {"site": str(environment), "driver": str(_driver(cache))}
+        self._job = {
+            "site": str(environment),
+            "driver": str(_driver(cache)),
+            "listings": str(cache),
+        }
         self._known: dict[str, Row] = {}
         self._child: subprocess.Popen[str] | None = None
 
@@ -119,7 +129,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         _toolkit(site, Path(root, "bin"))
         os.environ.update(
-            MOSAIC_GPU_CUDA_ROOT=root, MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_SASS="1"
+            MOSAIC_GPU_CUDA_ROOT=root,
+            MOSAIC_GPU_DUMP_PTX="1",
+            MOSAIC_GPU_DUMP_PTXAS="1",
+            MOSAIC_GPU_DUMP_SASS="1",
         )
         # loaded first and by its name, the stand-in is the libcuda.so.1 that the plugin finds
         ctypes.CDLL(job["driver"], ctypes.RTLD_GLOBAL)
@@ -131,7 +144,7 @@ def main() -> None:
         for line in sys.stdin:
             module = base64.b64decode(line)
             printed = _printed_by(compile_module, module, len(module))
-            answers.write(json.dumps(_numbers(printed)) + "\n")
+            answers.write(json.dumps(_numbers(printed, Path(job["listings"]))) + "\n")
             answers.flush()
 
 
@@ -164,12 +177,13 @@ def _printed_by(function: Any, *args: Any) -> str:
         return file.read().decode(errors="replace")
 
 
-def _numbers(printed: str) -> Row:
+def _numbers(printed: str, listings: Path) -> Row:
     numbers = ptxas_numbers(printed)
     if numbers is None:
         lines = [line for line in printed.splitlines() if "error" in line or "fatal" in line]
         message = (lines or ["no machine code, and no word why"])[0].strip()
         return {"status": "fail", "message": message[:300]}
+    ptx, _, sass = printed.partition("ptxas info")
     # without a disassembler the counts of the lowered module stand
-    sass = sass_numbers(printed) if ".text." in printed else {}
-    return verdict(numbers | sass)
+    counts = sass_numbers(sass) if ".text." in sass else {}
+    return verdict(numbers | counts | {"listing": keep_listing(listings, ptx, sass)})

@@ -1,7 +1,7 @@
 """The Triton half of the compile gate: launchers on meta tensors under the compile-only driver.
 
 Runs in a process of its own without the interpreter:
-`from parity.frameworks.compile_triton import main; main()`.
+`from parity.frameworks.compile_triton import main; main(cache)`.
 """
 
 import os
@@ -25,9 +25,10 @@ from parity.frameworks.compile_worker import (
 from parity.frameworks.torch import load
 
 
-def main() -> None:
+def main(cache: str) -> None:
+    """`cache` is the folder for listings."""
     with tempfile.TemporaryDirectory() as compiled:
-        gate = triton_compile_only.install(Path(compiled))
+        gate = triton_compile_only.install(Path(compiled), Path(cache))
         serve(lambda request: compile_one(gate, request))
 
 

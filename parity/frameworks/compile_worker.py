@@ -6,11 +6,13 @@ when a compiler takes the whole process down.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import sys
 import sysconfig
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +91,8 @@ def _fields(config: Any) -> dict[str, Any]:
 
 _INSTRUCTIONS = {
     "wgmma": r"[HQIB]GMMA",
-    "tma_load": r"UTMALDG",
-    "tma_store": r"UTMASTG|UTMAREDG",
+    "tma_load": r"UTMALDG|UBLKCP\.S\.G",
+    "tma_store": r"UTMASTG|UTMAREDG|UBLKCP\.G\.S",
     "mma_sync": r"[HQID]MMA",
     "local": r"LDL|STL",
 }
@@ -115,6 +117,17 @@ def ptxas_numbers(log: str) -> Row | None:
 def sass_numbers(sass: str) -> Row:
     """How many instructions of each interesting kind the disassembly holds (static counts)."""
     return {name: len(re.findall(rf"\b(?:{op})\b", sass)) for name, op in _INSTRUCTIONS.items()}
+
+
+def keep_listing(folder: Path, ptx: str, sass: str) -> str:
+    """Keeps what the assembler read and what it made, for `parity explain`; returns the name."""
+    text = ptx.partition(".section")[0] + "\n" + sass  # what follows in PTX is for debuggers
+    name = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.listing"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as part:
+        part.write(text)
+    os.replace(part.name, folder / name)
+    return name
 
 
 def verdict(row: Row) -> Row:

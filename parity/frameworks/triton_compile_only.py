@@ -4,8 +4,8 @@ It answers what triton asks of a CUDA driver as an H200 would, so that a public 
 unchanged on a machine without a GPU, on meta tensors: same specialization, same machine code.
 Instead of loading a kernel it reads resources off ptxas' log and instructions off the disassembly
 (the wheel brings nvdisasm). Every private name of triton that the compile gate touches is here,
-checked on triton 3.6 and 3.9: runtime.driver, backends.driver.DriverBase, the signatures of
-launchers and of load_binary, where nvdisasm lies.
+checked on triton 3.6 and 3.9: runtime.driver, backends.driver.DriverBase, the hook before loading,
+the signatures of launchers and of load_binary, where nvdisasm lies.
 """
 
 import contextlib
@@ -25,7 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from parity.frameworks.compile_worker import Row, ptxas_numbers, sass_numbers, verdict
+from parity.frameworks.compile_worker import (
+    Row,
+    keep_listing,
+    ptxas_numbers,
+    sass_numbers,
+    verdict,
+)
 
 NUM_SMS = 132
 H200 = {
@@ -42,13 +48,15 @@ H200 = {
 class CompileOnly(DriverBase):
     """Stands in for CUDA's driver and keeps a row of every kernel that is launched."""
 
-    def __init__(self) -> None:
+    def __init__(self, listings: Path) -> None:
         self.utils = self  # triton asks driver.utils for device properties and for loading
         self.launched: list[Row] = []
         self._seen: set[tuple[Any, ...]] = set()
         self._read: dict[str, Row] = {}  # what was read off each cubin, by its hash
         self.config: Callable[[], dict[str, Any]] = dict  # which Config is running, asked at launch
         self._numbers: Row | None = None
+        self._listings = listings
+        self._ptx = ""  # of the kernel that is about to be loaded
         self._log = io.StringIO()
         self.unloaded: Row = {}  # a kernel that compiled and was refused before it could be loaded
         self._nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -87,10 +95,19 @@ class CompileOnly(DriverBase):
 
         return launch
 
+    def take_ptx(
+        self, module: Any, function: Any, name: str, metadata_group: dict[str, str], hash: str
+    ) -> None:
+        """Triton's hook before a kernel is loaded; metadata_group: the files of its compilation."""
+        ptx = [path for path in metadata_group.values() if str(path).endswith(".ptx")]
+        self._ptx = Path(ptx[0]).read_text() if ptx else ""
+
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
         key = hashlib.sha256(cubin).hexdigest()
         if self._numbers is not None:
-            self._read[key] = verdict(self._numbers | sass_numbers(self._disassemble(cubin)))
+            sass = self._disassemble(cubin)
+            listing = {"listing": keep_listing(self._listings, self._ptx, sass)}
+            self._read[key] = verdict(self._numbers | sass_numbers(sass) | listing)
         elif key not in self._read:  # a kernel compiled before has no second log
             raise RuntimeError(
                 f"{name}: ptxas' log is not where triton {triton.__version__} puts it"
@@ -138,8 +155,10 @@ class CompileOnly(DriverBase):
         return ty
 
 
-def install(compiled: Path) -> CompileOnly:
-    """Makes triton compile for a Hopper that is not there; `compiled` is its (empty) cache folder.
+def install(compiled: Path, listings: Path) -> CompileOnly:
+    """Makes triton compile for a Hopper that is not there.
+
+    `compiled` is its (empty) cache folder, `listings` that for PTX and machine code to look at.
 
     Raises RuntimeError when triton was imported for its interpreter.
     """
@@ -147,6 +166,7 @@ def install(compiled: Path) -> CompileOnly:
         raise RuntimeError("triton runs interpreted in this process: nothing would be compiled")
     os.environ["TRITON_CACHE_DIR"] = str(compiled)
     knobs.nvidia.dump_ptxas_log = True
-    compile_only = CompileOnly()
+    compile_only = CompileOnly(listings)
+    knobs.runtime.kernel_load_start_hook.add(compile_only.take_ptx)
     driver.set_active(compile_only)
     return compile_only
