@@ -171,7 +171,7 @@ def witness(
     return wrong
 
 
-def library(stem: str) -> Callable[..., Any]:
+def library(stem: str) -> Callable[..., Any] | None:
     """The same mathematics in JAX's own operations: planted as a library call in disguise."""
 
     def matmul(a: Any, b: Any, *, out_dtype: str | None = None) -> Any:
@@ -186,4 +186,4 @@ def library(stem: str) -> Callable[..., Any]:
         y = h * jax.lax.rsqrt(jnp.mean(h * h, axis=1, keepdims=True) + eps)
         return (y * w.astype(jnp.float32)).astype(x.dtype)
 
-    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}[stem]
+    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}.get(stem)

@@ -230,7 +230,7 @@ def share_of_ours(call: Callable[[], Any], ours: Sequence[str]) -> list[str]:
     ]
 
 
-def library(stem: str) -> Callable[..., Any]:
+def library(stem: str) -> Callable[..., Any] | None:
     """The same mathematics in PyTorch's own operations: planted as a library call in disguise."""
 
     def matmul(a: Any, b: Any, *, out_dtype: str | None = None) -> Any:
@@ -242,4 +242,4 @@ def library(stem: str) -> Callable[..., Any]:
     def rms_norm(x: Any, w: Any, *, eps: float = 1e-6) -> Any:
         return torch.nn.functional.rms_norm(x.float(), x.shape[1:], w.float(), eps).to(x.dtype)
 
-    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}[stem]
+    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}.get(stem)
