@@ -49,6 +49,7 @@ class Contender:
     ulp: Mapping[str, float] | None = None  # the distance between the twins
     compile_s: float | None = None
     launch_us: float | None = None
+    launches: list[dict[str, Any]] = field(default_factory=list)  # its kernels one by one
     config: dict[str, Any] = field(default_factory=dict)
     note: str = ""  # why it was not timed
 
@@ -139,6 +140,7 @@ class _Pass:
 
     def rows(self, peers: bool, checks: Sequence[Check] | None, rounds: int) -> Iterator[Row]:
         from parity.frameworks import torch as memory
+        from parity.frameworks import tracer
 
         described = self.problem.inputs(self.work) | self.problem.cotangents(self.work)
         self.arrays = memory.draw(described, self.seed)
@@ -163,6 +165,7 @@ class _Pass:
         for c in contenders:
             if c.call is not None:
                 c.launch_us = _launch_us(c.call)
+                c.launches = tracer.launches(c.call)
         ceilings = device.ceilings_of(timings, amount)
         limit = device.best_ceilings_of(timings, amount).impossible_us(cost.flops, cost.bytes)
         shared |= {"ceilings": ceilings.to_json()}
@@ -321,6 +324,7 @@ class _Pass:
             "samples": len(timed.samples) if timed else 0,
             "kernels": list(timed.kernels) if timed else [],
             "ulp": c.ulp,
+            "launches": c.launches if timed else [],
             "facts": dict(self.machine.facts),
         } | {k: v for k, v in shared.items() if k != "ceilings"}
         return row | ({"note": c.note} if c.note else {})

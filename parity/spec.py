@@ -101,6 +101,26 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One kernel launch of a pass: what `Problem.plan` is asked about."""
+
+    twin: str
+    number: int  # from 0, in the order of the pass
+    blocks: int  # programs, thread blocks
+    config: Mapping[str, Any]  # fields of its Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a Config makes of a launch, as far as arithmetic tells; bytes are beyond the least."""
+
+    tiles: int  # pieces of work that its blocks share
+    again: float = 0  # bytes a block reads twice: from a cache if they are still there
+    shared: float = 0  # bytes of operands that many blocks ask for: mostly from L2
+    extra: float = 0  # bytes of intermediate results: written, and read by a later kernel
+
+
+@dataclass(frozen=True)
 class Workload:
     """One named set of sizes: `ci` ones run in the interpreters, `model` ones are real layers.
 
@@ -190,6 +210,7 @@ class Problem:
     cost(work, which)              -> Cost of one pass
     reduction(work, name)          -> how many terms the sum behind an output or gradient has
     probe(work)                    -> {name: Integers(...)}; None where there is a transcendental
+    plan(work, which, launch)      -> the Plan of one launch of our twins, None if it has none
     """
 
     stem: str
@@ -207,6 +228,7 @@ class Problem:
     implementations: Mapping[str, str]  # twin -> "module:public function"
     peers: Mapping[str, str]  # name -> "module:function"
     probe: Callable[[Workload], dict[str, Descriptor]] | None = None
+    plan: Callable[[Workload, str, Launch], Plan | None] | None = None
     bwd_options: tuple[str, ...] = ()  # which of the workload's options X_bwd takes too
     glue: tuple[str, ...] = ()  # framework operations a twin may use around its kernels
 

@@ -348,6 +348,7 @@ def fake_gpu(impls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.setitem(globals(), "problem", lambda stem: stand_ins)
     monkeypatch.setattr(tracer, "cold", cold)
     monkeypatch.setattr(tracer, "wait_for", lambda out: out)
+    monkeypatch.setattr(tracer, "shapes", lambda call: [{"grid": [132, 1, 1], "registers": 168}])
     monkeypatch.setattr(timing, "measure", measured)
     monkeypatch.setattr(device, "contenders", ceilings)
     monkeypatch.setattr(device, "prove_cold", lambda *args: {"cold_gbps": 1.0, "warm_gbps": 2.0})
@@ -393,6 +394,10 @@ def test_a_bench_times_both_twins_and_their_peers(fake_gpu: dict[str, float]):
     assert found["peer:jax.mosaic_example"]["us"] is None  # no Mosaic GPU kernel runs here
     assert len({row["run"] for row in found.values()}) == 1
     assert found["triton"]["clocks"]["sm_mhz"]["low"] == 1980.0
+    assert found["triton"]["launches"] == [
+        {"name": "k", "us": 110.0, "share": 1.0, "grid": [132, 1, 1], "registers": 168}
+        | {"block": None, "shared_bytes": None}
+    ]
 
 
 def test_a_red_twin_is_not_timed(fake_gpu: dict[str, float]):

@@ -6,15 +6,18 @@ other profiler may be open in this process: not jax.profiler, not Mosaic GPU's o
 
 import functools
 import gc
+import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from parity.timing import Kernel, NothingSeen, cut
+from parity.timing import Kernel, NothingSeen, cut, quantile
 
 FLUSHED = 32  # times the size of L2: about a millisecond; some backwards take half to launch
 _MASK = 0x5A5A5A5A
@@ -65,6 +68,62 @@ def cold(
         if collects:
             gc.enable()
     return cut(seen, {flush.kernel for flush in flush_of.values()}, len(calls))
+
+
+def launches(call: Callable[[], Any], samples: int = 5) -> list[dict[str, Any]]:
+    """The kernels of a call one by one, in the order they start: {"name", "us", "share", "grid",
+    "block", "registers", "shared_bytes"}.
+
+    us: the median on a cold cache; share: of their sum. The rest is null for copies and fills, and
+    where the profiler does not tell.
+
+    Raises:
+        NothingSeen: as `cold` does.
+    """
+    runs = cold([call] * samples)
+    names = [k.name for k in runs[-1]]
+    alike = [run for run in runs if [k.name for k in run] == names]
+    medians = [
+        quantile([run[n].end_us - run[n].start_us for run in alike], 0.5) for n in range(len(names))
+    ]
+    geometry = shapes(call)
+    if len(geometry) != len(names):
+        geometry = [{}] * len(names)
+    return [
+        {"name": name, "us": us, "share": us / (sum(medians) or 1.0)}
+        | {key: shape.get(key) for key in ("grid", "block", "registers", "shared_bytes")}
+        for name, us, shape in zip(names, medians, geometry, strict=True)
+    ]
+
+
+def shapes(call: Callable[[], Any]) -> list[dict[str, Any]]:
+    """How each kernel of a call was launched, as Kineto writes it into a trace file."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CUDA]) as session:
+            wait_for(call())
+        trace = Path(folder, "trace.json")
+        session.export_chrome_trace(str(trace))
+        return shapes_of(json.loads(trace.read_text()))
+
+
+def shapes_of(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kernels, copies and fills of a Chrome trace of Kineto's, in the order they start."""
+    work = ("kernel", "gpu_memcpy", "gpu_memset")
+    events = [e for e in trace.get("traceEvents", ()) if e.get("cat") in work]
+    found = []
+    for event in sorted(events, key=lambda e: float(e["ts"])):
+        args = event.get("args", {})
+        found.append(
+            {
+                "grid": args.get("grid"),
+                "block": args.get("block"),
+                "registers": args.get("registers per thread"),
+                "shared_bytes": args.get("shared memory"),
+            }
+        )
+    return found
 
 
 class _Flush:

@@ -13,7 +13,18 @@ Backward: da = dc @ b^T and db = a^T @ dc, the same kernel with an operand read 
 
 from typing import Any
 
-from parity.spec import Arithmetic, Array, Cost, Integers, Normal, Problem, Workload, row_blocks
+from parity.spec import (
+    Arithmetic,
+    Array,
+    Cost,
+    Integers,
+    Launch,
+    Normal,
+    Plan,
+    Problem,
+    Workload,
+    row_blocks,
+)
 
 
 def _gemm(
@@ -94,6 +105,19 @@ def cost(work: Workload, which: str) -> Cost:
     return Cost(flops=4 * M * N * K, bytes=2 * (a + b) + c)  # read a, b, dc; write da, db
 
 
+def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
+    """Each tile of a product [m, n] over k reads block_m rows and block_n columns of k."""
+    M, N, K = work["M"], work["N"], work["K"]
+    products = [(M, N, K)] if which == "fwd" else [(M, K, N), (K, N, M)]
+    if launch.number >= len(products) or not {"block_m", "block_n"} <= launch.config.keys():
+        return None
+    m, n, k = products[launch.number]
+    block_m, block_n = launch.config["block_m"], launch.config["block_n"]
+    cluster = launch.config.get("cluster", 1)  # so many blocks share each tile of b
+    tiles = -(-m // (block_m * cluster)) * cluster * -(-n // block_n)
+    return Plan(tiles, shared=tiles * k * (block_m + block_n / cluster) * work.itemsize)
+
+
 def reduction(work: Workload, name: str) -> int:
     return {"c": work["K"], "da": work["N"], "db": work["M"]}[name]
 
@@ -112,6 +136,7 @@ PROBLEM = Problem(
     cost=cost,
     reduction=reduction,
     probe=probe,
+    plan=plan,
     implementations={
         "triton": "triton_kernels.matmul:matmul",
         "pallas": "pallas_kernels.matmul:matmul",

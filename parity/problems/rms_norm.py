@@ -16,7 +16,17 @@ Backward, with xh = h * rstd and g = dy * (w + w_offset):
 
 from typing import Any
 
-from parity.spec import Arithmetic, Array, Cost, Normal, Problem, Workload, row_blocks
+from parity.spec import (
+    Arithmetic,
+    Array,
+    Cost,
+    Launch,
+    Normal,
+    Plan,
+    Problem,
+    Workload,
+    row_blocks,
+)
 
 RESIDUAL = ("residual",)
 
@@ -120,6 +130,34 @@ def cost(work: Workload, which: str) -> Cost:
     return Cost(flops=9 * work["R"] * work["N"], bytes=(4 if residual else 3) * rows + small)
 
 
+def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
+    """Rows are tiles; a row is read twice as far as its block cannot hold it, w once a tile or
+    block, and the backward's blocks leave partial sums of dw."""
+    if launch.number or not {"block_m", "block_n"} <= launch.config.keys():
+        return None
+    R, N, config = work["R"], work["N"], launch.config
+    forward, triton = which == "fwd", launch.twin == "triton"
+    residual = "residual" not in work.absent
+    whole = config["block_n"] >= N
+    block_m = config["block_m"] if forward or whole or not triton else 1
+    tiles = -(-R // block_m)
+    read = 1 + residual if forward else 2
+    if triton:  # the whole row in registers, or none of it
+        held = N if whole else 0
+        weights = launch.blocks if whole and not forward else tiles
+    else:  # slots of shared memory, of each warpgroup that shares the row; they take dh as well
+        held = config["stages"] * config["block_n"] * config["warpgroups"] // block_m
+        read += residual and not forward
+        weights = launch.blocks
+    partial = 0 if forward else launch.blocks * N * 4 * (1 if triton else block_m)
+    return Plan(
+        tiles,
+        again=R * max(0, N - held) * read * work.itemsize,
+        shared=weights * N * work.itemsize,
+        extra=2 * partial,  # written, then read
+    )
+
+
 def reduction(work: Workload, name: str) -> int:
     return work["R"] if name == "dw" else work["N"]
 
@@ -137,6 +175,7 @@ PROBLEM = Problem(
     oracle_bwd=oracle_bwd,
     cost=cost,
     reduction=reduction,
+    plan=plan,
     implementations={
         "triton": "triton_kernels.rms_norm:rms_norm",
         "pallas": "pallas_kernels.rms_norm:rms_norm",

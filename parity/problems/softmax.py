@@ -16,7 +16,18 @@ Backward: dx = scale * y * (dy - sum_n y * dy), from the rounded y.
 
 from typing import Any
 
-from parity.spec import Arithmetic, Array, Cost, Keep, Normal, Problem, Workload, row_blocks
+from parity.spec import (
+    Arithmetic,
+    Array,
+    Cost,
+    Keep,
+    Launch,
+    Normal,
+    Plan,
+    Problem,
+    Workload,
+    row_blocks,
+)
 
 
 def _rows(R: int, N: int, dtype: str = "bfloat16", *tags: str, name: str = "", **more) -> Workload:
@@ -105,6 +116,20 @@ def cost(work: Workload, which: str) -> Cost:
     return Cost(flops=5 * elements, bytes=3 * elements * work.itemsize)
 
 
+def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
+    """Rows are tiles; a row is read twice as far as its block cannot hold it."""
+    if launch.number or not {"block_m", "block_n"} <= launch.config.keys():
+        return None
+    R, N, config = work["R"], work["N"], launch.config
+    if launch.twin == "triton":  # the whole row in registers, or none of it
+        held = N if config["block_n"] >= N else 0
+    else:  # slots of shared memory, of each warpgroup that shares the row
+        held = config["stages"] * config["block_n"] * config["warpgroups"] // config["block_m"]
+    mask = which == "fwd" and "mask" not in work.absent
+    column = work.itemsize * (1 if which == "fwd" else 2) + mask  # bytes read
+    return Plan(-(-R // config["block_m"]), again=R * max(0, N - held) * column)
+
+
 def reduction(work: Workload, name: str) -> int:
     return work["N"]
 
@@ -122,6 +147,7 @@ PROBLEM = Problem(
     oracle_bwd=oracle_bwd,
     cost=cost,
     reduction=reduction,
+    plan=plan,
     implementations={
         "triton": "triton_kernels.softmax:softmax",
         "pallas": "pallas_kernels.softmax:softmax",
