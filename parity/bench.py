@@ -162,10 +162,10 @@ class _Pass:
         beside, amount = device.contenders(cost.bytes, self.work.dtype)
         self.tell("timing")
         timings, shared = self._measure(running | beside, rounds)
+        launches = tracer.launches(running)
         for c in contenders:
             if c.call is not None:
-                c.launch_us = _launch_us(c.call)
-                c.launches = tracer.launches(c.call)
+                c.launch_us, c.launches = _launch_us(c.call), launches[c.impl]
         ceilings = device.ceilings_of(timings, amount)
         limit = device.best_ceilings_of(timings, amount).impossible_us(cost.flops, cost.bytes)
         shared |= {"ceilings": ceilings.to_json()}

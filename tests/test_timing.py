@@ -348,7 +348,8 @@ def fake_gpu(impls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.setitem(globals(), "problem", lambda stem: stand_ins)
     monkeypatch.setattr(tracer, "cold", cold)
     monkeypatch.setattr(tracer, "wait_for", lambda out: out)
-    monkeypatch.setattr(tracer, "shapes", lambda call: [{"grid": [132, 1, 1], "registers": 168}])
+    shape = {"grid": [132, 1, 1], "registers": 168}
+    monkeypatch.setattr(tracer, "shapes", lambda calls: [shape] * len(calls))
     monkeypatch.setattr(timing, "measure", measured)
     monkeypatch.setattr(device, "contenders", ceilings)
     monkeypatch.setattr(device, "prove_cold", lambda *args: {"cold_gbps": 1.0, "warm_gbps": 2.0})

@@ -9,7 +9,7 @@ import gc
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,10 @@ def cold(
     return cut(seen, {flush.kernel for flush in flush_of.values()}, len(calls))
 
 
-def launches(call: Callable[[], Any], samples: int = 5) -> list[dict[str, Any]]:
-    """The kernels of a call one by one, in the order they start: {"name", "us", "share", "grid",
+def launches(
+    calls: Mapping[str, Callable[[], Any]], samples: int = 5
+) -> dict[str, list[dict[str, Any]]]:
+    """The kernels of each call one by one, in the order they start: {"name", "us", "share", "grid",
     "block", "registers", "shared_bytes"}.
 
     us: the median on a cold cache; share: of their sum. The rest is null for copies and fills, and
@@ -80,29 +82,35 @@ def launches(call: Callable[[], Any], samples: int = 5) -> list[dict[str, Any]]:
     Raises:
         NothingSeen: as `cold` does.
     """
-    runs = cold([call] * samples)
-    names = [k.name for k in runs[-1]]
-    alike = [run for run in runs if [k.name for k in run] == names]
-    medians = [
-        quantile([run[n].end_us - run[n].start_us for run in alike], 0.5) for n in range(len(names))
-    ]
-    geometry = shapes(call)
-    if len(geometry) != len(names):
-        geometry = [{}] * len(names)
-    return [
-        {"name": name, "us": us, "share": us / (sum(medians) or 1.0)}
-        | {key: shape.get(key) for key in ("grid", "block", "registers", "shared_bytes")}
-        for name, us, shape in zip(names, medians, geometry, strict=True)
-    ]
+    runs = cold([call for _ in range(samples) for call in calls.values()])
+    of_call = {name: runs[n :: len(calls)] for n, name in enumerate(calls)}
+    known = shapes(list(calls.values()))
+    complete = len(known) == sum(len(runs[-1]) for runs in of_call.values())
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, seen in of_call.items():
+        count = len(seen[-1])
+        alike = [run for run in seen if len(run) == count]
+        medians = [
+            quantile([run[n].end_us - run[n].start_us for run in alike], 0.5) for n in range(count)
+        ]
+        geometry = known[:count] if complete else [{}] * count
+        known = known[count:]
+        found[name] = [
+            {"name": kernel.name, "us": us, "share": us / (sum(medians) or 1.0)}
+            | {key: shape.get(key) for key in ("grid", "block", "registers", "shared_bytes")}
+            for kernel, us, shape in zip(seen[-1], medians, geometry, strict=True)
+        ]
+    return found
 
 
-def shapes(call: Callable[[], Any]) -> list[dict[str, Any]]:
-    """How each kernel of a call was launched, as Kineto writes it into a trace file."""
+def shapes(calls: Sequence[Callable[[], Any]]) -> list[dict[str, Any]]:
+    """How each kernel of some calls was launched, as Kineto writes it into a trace file."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CUDA]) as session:
-            wait_for(call())
+            for call in calls:
+                wait_for(call())
         trace = Path(folder, "trace.json")
         session.export_chrome_trace(str(trace))
         return shapes_of(json.loads(trace.read_text()))
