@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from parity import new
 from parity.commands.shared import (
     ENVIRONMENT,
     FAILED,
@@ -62,6 +63,10 @@ def run(args: Namespace) -> int:
         )
     else:
         show_checks(rows, skipped, mode, time.perf_counter() - began)
+    if not args.json and impls is None:
+        for stem in dict.fromkeys(row["problem"] for row in rows):
+            if step := new.next_step(stem):
+                console_of().print(step, markup=False)
     return PASS if ok else FAILED
 
 
