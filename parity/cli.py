@@ -184,6 +184,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     sub.add_argument("--all", action="store_true", help="every result, not only what changed")
 
+    sub = command("new", "the files of a new problem, which run and are honestly wrong")
+    sub.add_argument("stem", metavar="STEM", help="its name: a file, a function and a word here")
+    sub.add_argument("--dry-run", action="store_true", help="print it as a patch, write nothing")
+
     command("doctor", "what this machine can run, and why not the rest")
 
     sub = command("all", "check, compile, bench on a Hopper GPU, report: `make parity`")
