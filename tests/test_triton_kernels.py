@@ -25,7 +25,7 @@ DEVICE = "cpu" if _lib.INTERPRETING else "cuda"
 HALF = torch.float16
 SMALL = {
     "matmul": MATMUL.Config(32, 32, 16, 2, 2, 4),
-    "softmax": SOFTMAX.Config(2, 16, 2, 4, 1),
+    "softmax": SOFTMAX.Config(2, 16, 4),
     "rms_norm": RMS_NORM.Config(2, 16, 2, 4, 1),
 }
 

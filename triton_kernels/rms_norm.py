@@ -3,9 +3,8 @@
     h = round(x + residual)      rstd[r] = (mean_n h[r, n]^2 + eps)^(-1/2)
     y = h * rstd * (w + w_offset)
 
-    for each tile of rows of this program:
-        a row fits a tile:  load it once; rstd and y from registers
-        a longer row:       for each chunk: h, squares += h * h; walk back: load h again, store y
+    for each tile of rows:
+        walk over the row: squares += h * h; rstd; walk back over it: load again, store y
 
     Backward, with xh = h * rstd and g = dy * (w + w_offset):
         dx = rstd * (g - xh * mean_n(g * xh)) + dh          dw = sum_r dy * xh
@@ -40,18 +39,18 @@ class Config:
     """Tile sizes and resources of the kernels; beyond the last bits the result ignores them.
 
     block_m: rows of a tile; the backward takes longer rows than block_n one by one.
-    block_n: columns of a tile. A row that is longer is read twice, in chunks of block_n.
-    stages: tiles in flight or in use; 1 leaves that to the programs that share a multiprocessor.
+    block_n: columns of a tile. The forward reads a row twice, in tiles of block_n and back from L1
+        in tiles of half of that, the backward only one that is longer than block_n.
+    stages: tiles of the backward in flight or in use.
     warps: warps of a program.
-    programs: programs for each multiprocessor, which walk over the tiles; 0: one for each tile
-        (the backward takes that for 1: it writes a partial dw for each program).
+    programs: programs of the backward for each multiprocessor, which walk over the tiles.
     """
 
     block_m: int = 1
     block_n: int = 4096
     stages: int = 1
     warps: int = 4
-    programs: int = 0
+    programs: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 1), ("block_n", 16)):
@@ -76,13 +75,13 @@ def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Co
         # Two tiles are on their way to shared memory while one is worked on.
         block_m = min(8192 // block_n, _lib.power_of_2(_lib.cdiv(R, 132)))
         return Config(block_m, block_n, 3 if _lib.has_tma() else 1, warps=16, programs=1)
-    row = block_n * dtype.itemsize  # bytes
-    if row > (65536 if which == "fwd" else 32768):
-        return Config(1, 16384, warps=32, programs=1)
-    # 32 elements of a row for each thread: four loads of 16 bytes in flight. A row that fills the
-    # registers wants a program that stays.
-    warps = min(32, max(4, block_n // 1024))
-    return Config(max(1, 2048 // block_n), block_n, warps=warps, programs=int(row > 32768))
+    # The first walk takes a row as one tile of up to 64 KB, the second half of that: 64 bytes of it
+    # for each thread, four loads of 16 bytes in flight. At 64 KB x alone leaves registers for 128.
+    most = 65536 // dtype.itemsize
+    block_n = min(block_n, most)
+    block_m = max(1, most // 8 // block_n)
+    warps = block_m * block_n * dtype.itemsize // 2048
+    return Config(block_m, block_n, warps=16 if block_n == most and which == "fwd" else warps)
 
 
 @triton.jit
@@ -106,20 +105,6 @@ def _load_h(x, residual, offsets, inside, has_residual: tl.constexpr, policy: tl
 
 
 @triton.jit
-def _store_y(
-    y, h_out, offsets, inside, h, rstd, w,
-    w_offset: tl.constexpr, has_residual: tl.constexpr, cast_before_weight: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = y.dtype.element_ty
-    xh = h * rstd
-    if cast_before_weight:
-        xh = xh.to(dtype).to(tl.float32)
-    tl.store(y + offsets, (xh * _weight(w, w_offset)).to(dtype), mask=inside)
-    if has_residual:
-        tl.store(h_out + offsets, h.to(dtype), mask=inside)
-
-
-@triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr,  # [R, N]
     w_ptr,  # [N]
@@ -129,56 +114,47 @@ def _rms_norm_fwd_kernel(
     rstd_ptr,  # [R]
     R, N, stride_xr, stride_rr, eps,
     w_offset: tl.constexpr, cast_before_weight: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
     has_residual: tl.constexpr = residual_ptr is not None
-    outer: tl.constexpr = stages if whole else 1
-    n = tl.arange(0, block_n)[None, :]
-    num_m = tl.cdiv(R, block_m)
-    # disable_licm: kept over all rows, w would take registers that a long row needs.
-    for mi in tl.range(
-        tl.program_id(0), num_m, tl.num_programs(0), num_stages=outer, disable_licm=True
-    ):
-        # --- 1. which tile
-        m = (mi * block_m + tl.arange(0, block_m)).to(tl.int64)
-        rows = m[:, None]
-        x, y = x_ptr + rows * stride_xr, y_ptr + rows * N
-        residual, h_out = x, y
+    # --- 1. which tile
+    m = (tl.program_id(0) * block_m + tl.arange(0, block_m)).to(tl.int64)
+    rows = m[:, None]
+    x, y = x_ptr + rows * stride_xr, y_ptr + rows * N
+    residual, h_out = x, y
+    if has_residual:
+        residual, h_out = residual_ptr + rows * stride_rr, h_ptr + rows * N
+
+    # --- 2. main loop
+    squares = tl.zeros((block_m, block_n // 8), tl.float32)
+    for n0 in tl.range(0, N, block_n):
+        cols = n0 + tl.arange(0, block_n)[None, :]
+        inside = (rows < R) & (cols < N)
+        h = _load_h(x, residual, cols, inside, has_residual, "evict_last")  # [block_m, block_n]
+        # Eight adjacent columns belong to one thread.
+        squares += tl.sum(tl.reshape(h * h, (block_m, block_n // 8, 8)), 2)
+
+    # --- 3. epilogue
+    rstd = tl.rsqrt(tl.sum(squares, 1) / N + eps)  # [block_m]
+    tl.store(rstd_ptr + m, rstd, mask=m < R)
+    rstd = rstd[:, None]
+
+    # --- 4. store
+    half: tl.constexpr = block_n // 2
+    last = (N - 1) // half * half
+    for back in tl.range(0, N, half):
+        cols = last - back + tl.arange(0, half)[None, :]
+        inside = (rows < R) & (cols < N)
+        h = _load_h(x, residual, cols, inside, has_residual, "evict_first")
+        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+        xh = h * rstd
+        dtype: tl.constexpr = y_ptr.dtype.element_ty
+        if cast_before_weight:
+            xh = xh.to(dtype).to(tl.float32)
+        y_tile = (xh * _weight(w, w_offset)).to(dtype)
+        tl.store(y + cols, y_tile, mask=inside, eviction_policy="evict_first")
         if has_residual:
-            residual, h_out = residual_ptr + rows * stride_rr, h_ptr + rows * N
-
-        # --- 2. main loop
-        if whole:
-            inside = (rows < R) & (n < N)
-            h = _load_h(x, residual, n, inside, has_residual, "")  # [block_m, block_n]
-            w = tl.load(w_ptr + n, mask=n < N, other=0.0)  # [1, block_n]
-            squares = h * h
-        else:
-            squares = tl.zeros((block_m, block_n), tl.float32)
-            for n0 in tl.range(0, N, block_n, num_stages=stages):
-                inside = (rows < R) & (n0 + n < N)
-                h = _load_h(x, residual, n0 + n, inside, has_residual, "evict_last")
-                squares += h * h
-
-        # --- 3. epilogue
-        rstd = tl.rsqrt(tl.sum(squares, 1) / N + eps)  # [block_m]
-
-        # --- 4. store
-        tl.store(rstd_ptr + m, rstd, mask=m < R)
-        rstd = rstd[:, None]
-        if whole:
-            _store_y(y, h_out, n, inside, h, rstd, w, w_offset, has_residual, cast_before_weight)
-        else:
-            # Backwards: the chunks read last are the ones still in the caches.
-            last = (N - 1) // block_n * block_n
-            for back in tl.range(0, N, block_n, num_stages=stages):
-                cols = last - back + n
-                inside = (rows < R) & (cols < N)
-                h = _load_h(x, residual, cols, inside, has_residual, "evict_first")
-                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0)
-                _store_y(
-                    y, h_out, cols, inside, h, rstd, w, w_offset, has_residual, cast_before_weight
-                )
+            tl.store(h_out + cols, h.to(dtype), mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -365,13 +341,10 @@ def _forward(
             _lib.check_gpu()
             which = "fwd" if residual is None else "fwd_residual"
             tiles = Config(*config) if config else default_config(R, N, x.dtype, which)
-            num_m = _lib.cdiv(R, tiles.block_m)
-            programs = min(num_m, tiles.programs * _lib.num_sms() or num_m)
-            _rms_norm_fwd_kernel[(programs,)](
+            _rms_norm_fwd_kernel[(_lib.cdiv(R, tiles.block_m),)](
                 x, w, residual, y, h, rstd, R, N,
                 x.stride(0), 0 if residual is None else residual.stride(0), eps, w_offset,
-                cast_before_weight, tiles.block_m, tiles.block_n, N <= tiles.block_n, tiles.stages,
-                num_warps=tiles.warps,
+                cast_before_weight, tiles.block_m, tiles.block_n, num_warps=tiles.warps,
             )  # fmt: skip
     return [y, rstd] if h is None else [y, rstd, h]
 
@@ -401,10 +374,9 @@ def _backward(
         _lib.check_gpu()
         which = "bwd" if dh is None else "bwd_residual"
         tiles = Config(*config) if config else default_config(R, N, h.dtype, which)
-        programs = min(_lib.cdiv(R, tiles.block_m), max(1, tiles.programs) * _lib.num_sms())
         chunks = min(CHUNKS, _lib.cdiv(N, tiles.block_n))
         groups = _lib.cdiv(N, chunks * tiles.block_n)
-        resident = max(1, max(1, tiles.programs) * _lib.num_sms() // groups)
+        resident = max(1, tiles.programs * _lib.num_sms() // groups)
         block_m = tiles.block_m if N <= tiles.block_n else 1
         programs = min(_lib.cdiv(R, block_m), resident)
         packed = all(t is None or t.stride(0) == N for t in (h, dy, dh))

@@ -2,13 +2,15 @@
 
     y[r, n] = exp(scale * x[r, n] - top[r]) / sum_j exp(scale * x[r, j] - top[r])    over the kept j
 
-    for each tile of rows of this program:
-        a row fits a tile:  load it once; top, sum and y from registers
-        a longer row:       for each chunk: every run of 8 columns updates its own (max, sum)
-                            merge the runs; walk back over the chunks: load again, store y
+    for each tile of rows:
+        walk over the row: every run of 8 columns updates its own (max, sum)
+        merge the runs
+        walk back over it: load again, store y
 
-The second walk goes backwards because the chunks read last are the ones still in the caches.
-Backward: dx = scale * y * (dy - sum_n y * dy), in the same two shapes.
+The second walk finds the row in L1, or the end of a longer one in L2: it goes backwards because
+what was read last is still there. So no row has to fit registers or shared memory, and a program
+needs few of them: while one waits for its row another on the same multiprocessor stores.
+Backward: dx = scale * y * (dy - sum_n y * dy), in the same two walks.
 
 Limits: from Ampere up; bfloat16, float16, float32; statistics in float32.
 
@@ -37,17 +39,13 @@ class Config:
     """Tile sizes and resources of the kernels; beyond the last bit the result ignores them.
 
     block_m: rows of a tile.
-    block_n: columns of a tile. A row that is longer is read twice, in chunks of block_n.
-    stages: tiles in flight or in use; 1 leaves that to the programs that share a multiprocessor.
+    block_n: columns of a tile of the first walk; the second takes half, as it loads and stores.
     warps: warps of a program.
-    programs: programs for each multiprocessor, which walk over the tiles; 0: one for each tile.
     """
 
     block_m: int = 1
     block_n: int = 4096
-    stages: int = 1
     warps: int = 4
-    programs: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 1), ("block_n", 16)):
@@ -60,18 +58,14 @@ def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Co
     """The Config for R rows of N columns on a Hopper; which: "fwd" or "bwd"."""
     del R
     block_n = max(64, _lib.power_of_2(N))
-    row = block_n * dtype.itemsize  # bytes
-    if row > 65536:
-        return Config(1, 16384, warps=32)
-    if row > 32768 and which == "fwd" and _lib.has_tma():
-        # One row fills the registers: two more are on their way to shared memory meanwhile.
-        return Config(1, block_n, stages=3, warps=32, programs=1)
-    if row > 32768:
-        # Two rows of 64 KB at a time on a multiprocessor: their second read finds them in L1.
-        return Config(1, 16384, warps=16, programs=2)
-    # 16 elements of a row for each thread: two loads of 16 bytes in flight, and several programs on
-    # a multiprocessor, of which some load, some compute and some store.
-    return Config(max(1, 2048 // block_n), block_n, warps=min(32, max(4, block_n // 512)))
+    most = 65536 // dtype.itemsize  # columns in 64 KB
+    if which == "fwd" and block_n > most // 8:
+        # Half a row beyond 8 KB: exp keeps the registers busy, and two tiles overlap.
+        block_n = most if block_n > most else block_n // 2
+    block_n = min(block_n, most)
+    block_m = max(1, most // 8 // block_n)
+    # 64 bytes of a tile for each thread: four loads of 16 bytes in flight.
+    return Config(block_m, block_n, warps=block_m * block_n * dtype.itemsize // 2048)
 
 
 @triton.jit
@@ -102,67 +96,48 @@ def _softmax_fwd_kernel(
     y_ptr,  # [R, N]
     R, N, stride_xr, stride_mr, scale, causal_offset,
     causal: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
     masked: tl.constexpr = mask_ptr is not None
-    outer: tl.constexpr = stages if whole else 1
-    num_m = tl.cdiv(R, block_m)
-    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=outer):
-        # --- 1. which tile
-        m = mi * block_m + tl.arange(0, block_m)
-        n = tl.arange(0, block_n)
-        y_rows = y_ptr + m.to(tl.int64)[:, None] * N
+    # --- 1. which tile
+    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    n = tl.arange(0, block_n)
 
-        # --- 2. main loop
-        if whole:
-            s = _scores(
-                x_ptr, mask_ptr, m, n, R, N, stride_xr, stride_mr, scale, causal_offset,
-                masked, causal, "",
-            )  # [block_m, block_n]  # fmt: skip
-            top = tl.max(s, 1)
-            top = tl.where(top == float("-inf"), 0.0, top)
-            e = tl.exp2(s - top[:, None])
-            total = tl.sum(e, 1)
-        else:
-            # Each run of 8 columns has its own maximum and sum: no thread waits for another.
-            run_max = tl.full((block_m, block_n // 8), float("-inf"), tl.float32)
-            run_sum = tl.zeros((block_m, block_n // 8), tl.float32)
-            for n0 in tl.range(0, N, block_n, num_stages=stages):
-                s = _scores(
-                    x_ptr, mask_ptr, m, n0 + n, R, N, stride_xr, stride_mr, scale, causal_offset,
-                    masked, causal, "evict_last",
-                )  # fmt: skip
-                s = tl.reshape(s, (block_m, block_n // 8, 8))
-                new_max = tl.maximum(run_max, tl.max(s, 2))
-                base = tl.where(new_max == float("-inf"), 0.0, new_max)
-                run_sum = run_sum * tl.exp2(run_max - base) + tl.sum(
-                    tl.exp2(s - base[:, :, None]), 2
-                )
-                run_max = new_max
-            top = tl.max(run_max, 1)
-            top = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(run_sum * tl.exp2(run_max - top[:, None]), 1)
+    # --- 2. main loop
+    # Each run of 8 columns has its own maximum and sum: no thread waits for another.
+    run_max = tl.full((block_m, block_n // 8), float("-inf"), tl.float32)
+    run_sum = tl.zeros((block_m, block_n // 8), tl.float32)
+    for n0 in tl.range(0, N, block_n):
+        s = _scores(
+            x_ptr, mask_ptr, m, n0 + n, R, N, stride_xr, stride_mr, scale, causal_offset,
+            masked, causal, "evict_last",
+        )  # [block_m, block_n]  # fmt: skip
+        s = tl.reshape(s, (block_m, block_n // 8, 8))
+        new_max = tl.maximum(run_max, tl.max(s, 2))
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        run_sum = run_sum * tl.exp2(run_max - base) + tl.sum(tl.exp2(s - base[:, :, None]), 2)
+        run_max = new_max
 
-        # --- 3. epilogue
-        # A row that keeps nothing has total 0, and every e is 0.
-        norm = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
+    # --- 3. epilogue
+    top = tl.max(run_max, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(run_sum * tl.exp2(run_max - top[:, None]), 1)
+    # A row that keeps nothing has total 0, and every exp2 of it is 0.
+    norm = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
 
-        # --- 4. store
-        if whole:
-            y = (e * norm).to(y_ptr.dtype.element_ty)
-            tl.store(y_rows + n[None, :], y, mask=(m[:, None] < R) & (n[None, :] < N))
-        else:
-            # Backwards: the chunks read last are the ones still in the caches.
-            last = (N - 1) // block_n * block_n
-            for back in tl.range(0, N, block_n, num_stages=stages):
-                cols = last - back + n
-                s = _scores(
-                    x_ptr, mask_ptr, m, cols, R, N, stride_xr, stride_mr, scale, causal_offset,
-                    masked, causal, "evict_first",
-                )  # fmt: skip
-                y = (tl.exp2(s - top[:, None]) * norm).to(y_ptr.dtype.element_ty)
-                inside = (m[:, None] < R) & (cols[None, :] < N)
-                tl.store(y_rows + cols[None, :], y, mask=inside, eviction_policy="evict_first")
+    # --- 4. store
+    half: tl.constexpr = block_n // 2
+    last = (N - 1) // half * half
+    for back in tl.range(0, N, half):
+        cols = last - back + tl.arange(0, half)
+        s = _scores(
+            x_ptr, mask_ptr, m, cols, R, N, stride_xr, stride_mr, scale, causal_offset,
+            masked, causal, "evict_first",
+        )  # [block_m, block_n / 2]  # fmt: skip
+        y = (tl.exp2(s - top[:, None]) * norm).to(y_ptr.dtype.element_ty)
+        y_tile = y_ptr + m.to(tl.int64)[:, None] * N + cols[None, :]
+        inside = (m[:, None] < R) & (cols[None, :] < N)
+        tl.store(y_tile, y, mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -171,57 +146,36 @@ def _softmax_bwd_kernel(
     dy_ptr,  # [R, N]
     dx_ptr,  # [R, N]
     R, N, stride_yr, stride_dyr, scale,
-    block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr, stages: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
-    outer: tl.constexpr = stages if whole else 1
-    num_m = tl.cdiv(R, block_m)
-    for mi in tl.range(tl.program_id(0), num_m, tl.num_programs(0), num_stages=outer):
-        # --- 1. which tile
-        m = mi * block_m + tl.arange(0, block_m)[:, None]
-        n = tl.arange(0, block_n)[None, :]
-        rows = m.to(tl.int64)
-        y_rows, dy_rows = y_ptr + rows * stride_yr, dy_ptr + rows * stride_dyr
-        dx_rows = dx_ptr + rows * N
+    # --- 1. which tile
+    m = tl.program_id(0) * block_m + tl.arange(0, block_m)[:, None]
+    rows = m.to(tl.int64)
+    y_rows, dy_rows = y_ptr + rows * stride_yr, dy_ptr + rows * stride_dyr
 
-        # --- 2. main loop
-        if whole:
-            inside = (m < R) & (n < N)
-            y = tl.load(y_rows + n, mask=inside, other=0.0).to(tl.float32)
-            dy = tl.load(dy_rows + n, mask=inside, other=0.0).to(tl.float32)
-            products = y * dy
-        else:
-            products = tl.zeros((block_m, block_n), tl.float32)
-            for n0 in tl.range(0, N, block_n, num_stages=stages):
-                cols = n0 + n
-                inside = (m < R) & (cols < N)
-                y = tl.load(y_rows + cols, inside, 0.0, eviction_policy="evict_last")
-                dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy="evict_last")
-                products += y.to(tl.float32) * dy.to(tl.float32)
+    # --- 2. main loop
+    run_sum = tl.zeros((block_m, block_n // 8), tl.float32)
+    for n0 in tl.range(0, N, block_n):
+        cols = n0 + tl.arange(0, block_n)[None, :]
+        inside = (m < R) & (cols < N)
+        y = tl.load(y_rows + cols, inside, 0.0, eviction_policy="evict_last")
+        dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy="evict_last")
+        products = y.to(tl.float32) * dy.to(tl.float32)
+        run_sum += tl.sum(tl.reshape(products, (block_m, block_n // 8, 8)), 2)
 
-        # --- 3. epilogue
-        # The row's share of the gradient, which keeps the sum of y at 1.
-        dot = tl.sum(products, 1)[:, None]
+    # --- 3. epilogue
+    total = tl.sum(run_sum, 1)[:, None]
 
-        # --- 4. store
-        if whole:
-            dx = scale * y * (dy - dot)
-            tl.store(dx_rows + n, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        else:
-            # Backwards: the chunks read last are the ones still in the caches.
-            last = (N - 1) // block_n * block_n
-            for back in tl.range(0, N, block_n, num_stages=stages):
-                cols = last - back + n
-                inside = (m < R) & (cols < N)
-                y = tl.load(y_rows + cols, inside, 0.0, eviction_policy="evict_first")
-                dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy="evict_first")
-                dx = scale * y.to(tl.float32) * (dy.to(tl.float32) - dot)
-                dx = dx.to(dx_ptr.dtype.element_ty)
-                tl.store(dx_rows + cols, dx, mask=inside, eviction_policy="evict_first")
-
-
-def _programs(R: int, config: Config) -> int:
-    tiles = _lib.cdiv(R, config.block_m)
-    return min(tiles, config.programs * _lib.num_sms()) if config.programs else tiles
+    # --- 4. store
+    half: tl.constexpr = block_n // 2
+    last = (N - 1) // half * half
+    for back in tl.range(0, N, half):
+        cols = last - back + tl.arange(0, half)[None, :]
+        inside = (m < R) & (cols < N)
+        y = tl.load(y_rows + cols, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = tl.load(dy_rows + cols, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
+        dx = (scale * y * (dy - total)).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + rows * N + cols, dx, mask=inside, eviction_policy="evict_first")
 
 
 def _fake_fwd(x, mask, scale, causal_offset, config):
@@ -246,12 +200,12 @@ def _forward(
     with _lib.on_device(x):
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(R, N, x.dtype, "fwd")
-        _softmax_fwd_kernel[(_programs(R, tiles),)](
+        _softmax_fwd_kernel[(_lib.cdiv(R, tiles.block_m),)](
             x, mask, y, R, N, x.stride(0), 0 if mask is None else mask.stride(0), scale * LOG2_E,
             # Beyond these bounds all or nothing is kept.
             0 if causal_offset is None else max(-R, min(N, causal_offset)),
             causal_offset is not None,
-            tiles.block_m, tiles.block_n, N <= tiles.block_n, tiles.stages, num_warps=tiles.warps,
+            tiles.block_m, tiles.block_n, num_warps=tiles.warps,
         )  # fmt: skip
     return y
 
@@ -270,9 +224,9 @@ def _backward(y: Tensor, dy: Tensor, scale: float, config: list[int] | None) -> 
     with _lib.on_device(y):
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(R, N, y.dtype, "bwd")
-        _softmax_bwd_kernel[(_programs(R, tiles),)](
+        _softmax_bwd_kernel[(_lib.cdiv(R, tiles.block_m),)](
             y, dy, dx, R, N, y.stride(0), dy.stride(0), scale,
-            tiles.block_m, tiles.block_n, N <= tiles.block_n, tiles.stages, num_warps=tiles.warps,
+            tiles.block_m, tiles.block_n, num_warps=tiles.warps,
         )  # fmt: skip
     return dx
 
