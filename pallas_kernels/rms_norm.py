@@ -76,6 +76,8 @@ class Config:
                 f"stages: expected 1 to {32 // self.warpgroups} (32 barriers of a kind), "
                 f"got {self.stages}"
             )
+        if self.programs < 1:
+            raise ValueError(f"programs: expected at least 1, got {self.programs}")
 
 
 def default_config(R: int, N: int, dtype: Any, which: str = "fwd") -> Config:
