@@ -1,4 +1,4 @@
-"""What was found, as terminal tables, as one self-contained page, and as README's table.
+"""What was found, and terminal tables of it; parity/page.py makes a page, parity/readme.py a table.
 
 It reads three things: committed records (parity/records/<device>/*.jsonl), this machine's latest
 checks and compile rows (.cache/results), and the problems themselves. It runs nothing and imports
@@ -7,7 +7,6 @@ no framework.
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / ".cache" / "results"  # the latest results of this machine; never committed
-README = ROOT / "README.md"
-BEGIN, END = "<!-- parity:records -->", "<!-- /parity:records -->"
 TWINS = ("triton", "pallas")
 NAMES = {"triton": "Triton", "pallas": "Pallas"}
 
@@ -45,7 +42,7 @@ def keep_compiles(rows: Sequence[Mapping[str, Any]]) -> None:
     """Remembers rows of `CompileRow.to_json()` in place of those of the same workload and twin."""
     fresh = {_gated(row) for row in rows}
     path = LOCAL / "compile.jsonl"
-    standing = [row for row in _lines(path) if _gated(row) not in fresh]
+    standing = [row for row in _rows_of(path) if _gated(row) not in fresh]
     replace_text(path, "".join(json.dumps(row, default=str) + "\n" for row in (*standing, *rows)))
 
 
@@ -68,7 +65,7 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(finite(row), default=str) + "\n" for row in rows))
 
 
-def _lines(path: Path) -> list[Row]:
+def _rows_of(path: Path) -> list[Row]:
     """The rows of a file of our own; a line cut short by a kill is passed over."""
     rows = []
     if path.is_file():
@@ -130,13 +127,30 @@ class Line:
         return peer.p50 / ours.p50, timing.verdict(ours, peer)
 
 
+WHERE = {"gpu": "on the GPU", "cpu": "interpreted"}  # a check ran
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How many elements of the twins' first outputs are how many ULP apart, on one pass."""
+
+    workload: str
+    which: str
+    shares: Mapping[str, float]  # {"0": .., "1": .., ..., ">8": ..}
+    where: str
+    when: str
+    stale: bool  # a twin's source has changed since
+
+
 @dataclass(frozen=True)
 class Results:
     """Records by device, and what this machine found last."""
 
     records: Mapping[str, Mapping[record.Key, Row]]
+    history: Mapping[str, Mapping[record.Key, tuple[Row, ...]]]  # all rows, the oldest first
     refused: tuple[tuple[str, int, str], ...]  # file, line, why
     checks: tuple[Row, ...]
+    compared: tuple[Row, ...]  # the latest checks that held the twins against each other
     compiles: tuple[Row, ...]
     problems: tuple[Problem, ...]
 
@@ -145,19 +159,31 @@ class Results:
         from parity.problems import PROBLEMS
 
         local = local or LOCAL
-        records: dict[str, dict[record.Key, Row]] = {}
+        history: dict[str, dict[record.Key, tuple[Row, ...]]] = {}
         refused = []
         for path in sorted(root.glob("*/*.jsonl")):
             found = record.read(path)
             name = str(path.relative_to(root.parent))
             refused += [(name, r.line, r.why) for r in found.refused]
-            for key, row in found.latest.items():
-                records.setdefault(row["device"], {})[key] = row
-        key = ("device", "problem", "workload", "which", "impl")
-        kept = [*_lines(local / "check-cpu.jsonl"), *_lines(local / "check-gpu.jsonl")]
-        checks = {tuple(row[k] for k in key): row for row in kept if all(k in row for k in key)}
-        compiles = _lines(local / "compile.jsonl")
-        return Results(records, tuple(refused), tuple(checks.values()), tuple(compiles), PROBLEMS)
+            for row in found.rows:
+                of_device, key = history.setdefault(row["device"], {}), record.key(row)
+                of_device[key] = (*of_device.get(key, ()), row)
+        records = {
+            device: {key: rows[-1] for key, rows in by_key.items()}
+            for device, by_key in history.items()
+        }
+        names = ("device", "problem", "workload", "which", "impl")
+        kept = [*_rows_of(local / "check-cpu.jsonl"), *_rows_of(local / "check-gpu.jsonl")]
+        kept = [(tuple(row[n] for n in names), row) for row in kept if all(n in row for n in names)]
+        return Results(
+            records,
+            history,
+            tuple(refused),
+            tuple(dict(kept).values()),
+            tuple({key: row for key, row in kept if row.get("ulp")}.values()),
+            tuple(_rows_of(local / "compile.jsonl")),
+            PROBLEMS,
+        )
 
     def lines(self, device: str) -> list[Line]:
         """Every measured pass of a device, in the order of the problems."""
@@ -186,13 +212,47 @@ class Results:
         file = ROOT / (target.partition(":")[0].replace(".", "/") + ".py")
         return record.source_hash(file) if file.is_file() else ""
 
+    @cached_property
+    def sources(self) -> dict[tuple[str, str], str]:
+        """What each twin of each problem is made of now."""
+        return {
+            (p.stem, twin): source_of(target)
+            for p in self.problems
+            for twin, target in p.implementations.items()
+        }
+
+    def distances(self, stem: str) -> list["Distance"]:
+        """How far apart the twins were: the latest of each pass, recorded and checked here."""
+        found = []
+        for device, rows in self.records.items():
+            mine = [row for row in rows.values() if row["problem"] == stem and row.get("ulp")]
+            # the row of either twin carries the histogram of both
+            latest = {(row["workload"], row["pass"]): row for row in mine}
+            stale = {(r["workload"], r["pass"]) for r in mine if self.stale(r)}
+            found += [
+                Distance(*place, row["ulp"], f"recorded on {device}", row["when"], place in stale)
+                for place, row in latest.items()
+            ]
+        for mode, where in WHERE.items():
+            mine = [r for r in self.compared if (r["problem"], r["device"]) == (stem, mode)]
+            latest = {(row["workload"], row["which"]): row for row in mine}
+            stale = {
+                (r["workload"], r["which"])
+                for r in mine
+                if r["source"] != self.sources.get((stem, r["impl"]))
+            }
+            found += [
+                Distance(*place, row["ulp"], f"checked here, {where}", row["when"], place in stale)
+                for place, row in latest.items()
+            ]
+        order = self.order
+        found = [d for d in found if (stem, d.workload, d.which) in order]
+        return sorted(found, key=lambda d: order[stem, d.workload, d.which])
+
     def coverage(self) -> Iterator[tuple[Problem, Workload, str, dict[str, Cell]]]:
         """Every pass of every workload: what is known of each twin, or why nothing is."""
         checks = {(r["device"], r["problem"], r["workload"], r["which"], r["impl"]): r
                   for r in self.checks}  # fmt: skip
-        current = {(p.stem, twin): source_of(target)
-                   for p in self.problems
-                   for twin, target in p.implementations.items()}  # fmt: skip
         for p, w, which in self._passes():
             cells = {}
             for twin in p.implementations:
@@ -200,7 +260,7 @@ class Results:
                 measured = [r[key] for r in self.records.values() if key in r]
                 found = (checks.get((mode, p.stem, w.name, which, twin)) for mode in ("gpu", "cpu"))
                 checked = [row for row in found if row]
-                cells[twin] = self._cell(w, measured, checked, current[p.stem, twin])
+                cells[twin] = self._cell(w, measured, checked, self.sources[p.stem, twin])
             yield p, w, which, cells
 
     def _cell(self, w: Workload, measured: list[Row], checked: list[Row], source: str) -> Cell:
@@ -208,10 +268,10 @@ class Results:
             if row["check"].startswith("fail"):
                 return Cell("red", row["check"].replace(":", ": "))
             if row["us"] and row["check"] == "pass":
-                us = f"{_us(row['us']['p50'])} us"
+                us = f"{short_us(row['us']['p50'])} us"
                 return Cell("stale", f"{us}, outdated") if self.stale(row) else Cell("timed", us)
         for row in checked:
-            where = "on the GPU" if row["device"] == "gpu" else "interpreted"
+            where = WHERE[row["device"]]
             if row["source"] != source:
                 return Cell("stale", "outdated check")
             if not row["ok"]:
@@ -239,12 +299,36 @@ def lines_of(rows: Iterable[Row]) -> list[Line]:
     return [Line(*place, by_impl) for place, by_impl in found.items()]
 
 
-def _us(us: float) -> str:
+def name_of(impl: str) -> str:
+    """As a reader knows it: Triton, Pallas, or the peer's own name."""
+    return NAMES.get(impl, impl.removeprefix("peer:"))
+
+
+def why_not_timed(row: Row) -> str:
+    """In a few words, of a row without a time."""
+    red = row["check"].replace(":", ": ") + ", " if row["check"].startswith("fail") else ""
+    return f"{red}not timed" + (f": {row['note']}" if row.get("note") else "")
+
+
+def short_us(us: float) -> str:
     return f"{us:.1f}" if us < 100 else f"{us:.0f}" if us < 1e5 else f"{us:.3g}"
 
 
-def _interval(us: timing.Interval) -> str:
-    return f"{_us(us.p50)} [{_us(us.p10)} {_us(us.p90)}]"
+def interval_text(us: timing.Interval) -> str:
+    return f"{short_us(us.p50)} [{short_us(us.p10)} {short_us(us.p90)}]"
+
+
+def versions_of(rows: Sequence[Row]) -> str:
+    names = ("torch", "triton", "jax")
+    found = {n: sorted({r["versions"][n] for r in rows if n in r["versions"]}) for n in names}
+    return ", ".join(f"{n} {'/'.join(v)}" for n, v in found.items() if v)
+
+
+def days_of(rows: Sequence[Row]) -> str:
+    days = sorted({row["when"][:10] for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    span = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    return f"measured {span}" + (f" at commit {commits[0]}" if len(commits) == 1 else "")
 
 
 # Tables for a terminal.
@@ -406,7 +490,7 @@ def bench_table(lines: Iterable[Line], width: int, *, peers: bool = True) -> "ri
         first = True
         if width < 100:
             made.add_row(f"{line.workload} {line.which}")
-        for impl, row in _in_order(line.rows):
+        for impl, row in in_order(line.rows):
             if impl.startswith("peer:") and not peers:
                 continue
             us = line.us(impl)
@@ -425,7 +509,7 @@ def bench_table(lines: Iterable[Line], width: int, *, peers: bool = True) -> "ri
             place = [line.workload if first else "", line.which if first else "", who]
             made.add_row(
                 *([f"  {who}"] if width < 100 else place),
-                _interval(us) if us else "",
+                interval_text(us) if us else "",
                 f"{100 * row['roof']:.0f}" if row["roof"] else "",
                 f"{beside[0]:.2f}" if beside else "",
                 verdict,
@@ -434,7 +518,7 @@ def bench_table(lines: Iterable[Line], width: int, *, peers: bool = True) -> "ri
     return made
 
 
-def _in_order(rows: Mapping[str, Row]) -> list[tuple[str, Row]]:
+def in_order(rows: Mapping[str, Row]) -> list[tuple[str, Row]]:
     """The twins first, then the peers from the fastest to those that were not timed."""
 
     def place(item: tuple[str, Row]) -> tuple:
@@ -475,217 +559,3 @@ def sentence_of_coverage(results: Results) -> str:
     }
     said = ", ".join(f"{n} {words[state]}" for state, n in counts.items() if n)
     return f"{len(cells)} cells of problem, workload, pass and twin: {said}."
-
-
-# README's table.
-
-
-def readme_table(results: Results) -> str:
-    """The Markdown between the markers, from the committed records alone."""
-    if not results.records:
-        return (
-            "Nothing is recorded yet: `parity bench` on a Hopper GPU writes the rows, `make docs` "
-            "renders them here."
-        )
-    parts = []
-    for device in results.records:
-        lines = results.lines(device)
-        rows = [row for line in lines for row in line.rows.values()]
-        parts.append(
-            f"{device}; {_versions(rows)}; {_days(rows)}. *us* is the median of device time, "
-            "*roof* the least time the work needs at the rates measured in the same run over *us*, "
-            "*x* the fastest peer's time over ours (above 1 ours is faster; bold where the verdict "
-            "is FASTER).\n\n"
-            "| workload | pass | Triton us | roof | x | Pallas us | roof | x | fastest peer | us "
-            "|\n"
-            "|---|---|--:|--:|--:|--:|--:|--:|---|--:|\n"
-            + "\n".join(_markdown(line) for line in lines)
-        )
-    return "\n\n".join(parts)
-
-
-def _markdown(line: Line) -> str:
-    cells = [f"`{line.workload}`", line.which]
-    for twin in TWINS:
-        row, us, beside = line.rows.get(twin), line.us(twin), line.versus_peer(twin)
-        if row is None or us is None:
-            cells += [row["check"] if row and row["check"] != "pass" else "", "", ""]
-            continue
-        share = f"{100 * row['roof']:.0f} %" if row["roof"] else ""
-        ratio = f"{beside[0]:.2f}" if beside else ""
-        cells += [_us(us.p50), share, f"**{ratio}**" if beside and beside[1] == "FASTER" else ratio]
-    peer = line.best_peer
-    peer_us = line.us(peer) if peer else None
-    cells += [peer.removeprefix("peer:") if peer else "none", _us(peer_us.p50) if peer_us else ""]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _versions(rows: Sequence[Row]) -> str:
-    names = ("torch", "triton", "jax")
-    found = {n: sorted({r["versions"][n] for r in rows if n in r["versions"]}) for n in names}
-    return ", ".join(f"{n} {'/'.join(v)}" for n, v in found.items() if v)
-
-
-def _days(rows: Sequence[Row]) -> str:
-    days = sorted({row["when"][:10] for row in rows})
-    commits = sorted({row["commit"] for row in rows})
-    span = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-    return f"measured {span}" + (f" at commit {commits[0]}" if len(commits) == 1 else "")
-
-
-def render_readme(text: str, results: Results) -> str:
-    """README with the table between its markers rendered again.
-
-    Raises:
-        ValueError: the markers are missing or in the wrong order.
-    """
-    begin, end = text.find(BEGIN), text.find(END)
-    if not 0 <= begin < end:
-        raise ValueError(f"expected {BEGIN} ... {END} in it")
-    return f"{text[: begin + len(BEGIN)]}\n{readme_table(results)}\n{text[end:]}"
-
-
-# One page.
-
-
-def html(results: Results) -> str:
-    """The whole report as one page that needs no network."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    from parity import doctor
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    devices = []
-    for device in results.records:
-        lines = results.lines(device)
-        rows = [row for line in lines for row in line.rows.values()]
-        charts = []
-        for p in results.problems:
-            mine = [line for line in lines if line.problem == p.stem]
-            if any(line.us(impl) for line in mine for impl in line.rows):
-                svg, alt = chart(mine, p.stem)
-                charts.append({"stem": p.stem, "svg": Markup(svg), "alt": alt, "lines": mine})
-        devices.append(
-            {
-                "name": device,
-                "slug": record.slug(device),
-                "about": f"{_versions(rows)}; {_days(rows)}",
-                "sentence": _plain(sentence_of_lines(lines)),
-                "charts": charts,
-                "stale": [row for row in rows if results.stale(row)],
-            }
-        )
-    modes = [mode for mode in ("gpu", "cpu") if any(r["device"] == mode for r in results.checks)]
-    checks = []
-    for mode in modes:
-        rows = [r for r in results.checks if r["device"] == mode]
-        order = results.order
-        rows.sort(key=lambda r: order.get((r["problem"], r["workload"], r["which"]), len(order)))
-        checks.append(
-            {"mode": mode, "sentence": _plain(sentence_of_checks(rows, mode)), "rows": rows}
-        )
-    return environment.get_template("report.html").render(
-        when=record.now(),
-        commit=record.commit(),
-        machine=doctor.machine().sentence(),
-        devices=devices,
-        checks=checks,
-        compiles=results.compiles,
-        compile_sentence=_plain(sentence_of_compiles(results.compiles)),
-        coverage=list(results.coverage()),
-        coverage_sentence=sentence_of_coverage(results),
-        coverage_legend=COVERAGE_LEGEND,
-        refused=results.refused,
-        names=NAMES,
-        twins=TWINS,
-        ratio=ratio,
-        interval=_interval,
-        in_order=_in_order,
-        compile_cells=compile_cells,
-        compile_headings=[h.removeprefix(">") for h in COMPILE_HEADINGS],
-        verdict_class=str.lower,
-    )
-
-
-def _plain(marked: str) -> str:
-    """The sentence without its colours."""
-    return re.sub(r"\[/?[a-z ]*\]", "", marked)
-
-
-# matplotlib writes colours into every element: these stand for the page's own, light or dark
-_INK = {
-    f"#{i:02x}{i:02x}{i:02x}": f"var(--{name})"
-    for i, name in enumerate("ink faint triton pallas peer paper".split(), start=1)
-}
-
-
-def chart(lines: Sequence[Line], stem: str) -> tuple[str, str]:
-    """(SVG bars of both twins and their peers as share of the roof, the same in words)."""
-    os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
-    import io
-
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    ink, faint, triton, pallas, peer, paper = _INK
-    bars: list[tuple[float, str, float, str]] = []  # y, impl, share, colour
-    ticks, y, words = [], 0.0, []
-    for line in lines:
-        timed = [(impl, row) for impl, row in _in_order(line.rows) if row["roof"]]
-        if not timed:
-            continue
-        start = y
-        for impl, row in timed:
-            colour = {"triton": triton, "pallas": pallas}.get(impl, peer)
-            bars.append((y, impl.removeprefix("peer:"), 100 * row["roof"], colour))
-            y += 1
-        ticks.append(((start + y - 1) / 2, f"{line.workload}\n{line.which}"))
-        shares = ", ".join(f"{impl} {100 * row['roof']:.0f} %" for impl, row in timed)
-        words.append(f"{line.workload} {line.which}: {shares}")
-        y += 0.8
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": stem,
-        "font.family": "sans-serif",
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=(8.4, 0.6 + 0.2 * y), layout="constrained")
-        axes = figure.subplots()
-        axes.barh(
-            [b[0] for b in bars], [b[2] for b in bars], height=0.86, color=[b[3] for b in bars]
-        )
-        for at, impl, share, _ in bars:
-            inside = share > 40
-            x, side, colour = (
-                (share - 0.8, "right", paper) if inside else (share + 0.8, "left", ink)
-            )
-            label = f"{impl} {share:.0f} %"
-            axes.text(x, at, label, va="center", ha=side, size=8, color=colour)
-        axes.axvline(100, color=faint, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks([t[0] for t in ticks], [t[1] for t in ticks], size=8, color=ink)
-        axes.set_xlim(0, max(105.0, 1 + max((b[2] for b in bars), default=0)))
-        axes.set_ylim(y - 0.6, -0.8)
-        axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel("% of the roof measured in the same run", size=9, color=ink)
-        axes.tick_params(colors=ink, length=0, labelsize=8)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(faint)
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for colour, variable in _INK.items():
-        svg = svg.replace(colour, variable)
-    alt = f"{stem}, share of the roof. " + "; ".join(words) + "."
-    return svg, alt

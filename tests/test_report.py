@@ -1,101 +1,25 @@
-"""The report: tables that fit, a page that stands alone, README's table, coverage without a gap."""
+"""The report: tables that fit a terminal, README's table, coverage without a gap."""
 
 import dataclasses
-import html.parser
 import json
-import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from made_up import DEVICE, check, pretend
 from rich.console import Console
 
-from parity import cli, doctor, record, report
+from parity import cli, doctor, page, readme, record, report
 from parity.commands import all as everything
 from parity.commands import shared
 from parity.problems import PROBLEMS
 
-DEVICE = "NVIDIA H200"
-
-
-def row(problem, work, which: str, impl: str, us: float | None, **more) -> dict:
-    cost = problem.cost(work, which)
-    return {
-        "schema": 1,
-        "problem": problem.stem,
-        "workload": work.name,
-        "pass": which,
-        "dtype": work.dtype,
-        "impl": impl,
-        "device": DEVICE,
-        "check": "none" if impl.startswith("peer:") else "pass",
-        "error": 1.7e-3,
-        "yardstick": 1.6e-3,
-        "us": us and {"p10": us * 0.995, "p50": us, "p90": us * 1.005},
-        "busy_us": us,
-        "launch_us": 12.0,
-        "compile_s": 3.0,
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "roof": us and 90.0 / us,
-        "ceilings": {"copy_gbps": 4200.0, "read_gbps": 4400.0, "gemm_tflops": 720.0},
-        "config": {"block_m": 128},
-        "versions": {"torch": "2.11.0", "triton": "3.6.0", "jax": "0.11.2"},
-        "commit": "0123456789ab",
-        "source": report.Results.here()._file_hash(problem.implementations.get(impl, "")),
-        "when": "2026-01-02T03:04:05+00:00",
-    } | more
-
-
-def check(impl: str, ok: bool = True, **more) -> dict:
-    return {
-        "problem": "softmax",
-        "workload": "ci",
-        "which": "fwd",
-        "impl": impl,
-        "dtype": "float16",
-        "ok": ok,
-        "reason": "" if ok else "tile",
-        "detail": "" if ok else "y: tile 3 <script>alert(1)</script>; first at [192, 7]",
-        "error": float("nan") if not ok else 2e-4,
-        "yardstick": 2e-4,
-        "verdicts": [],
-        "seconds": 1.0,
-        "ulp": {"0": 0.97, "1": 0.03},
-    } | more
-
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Records of every model workload, one twin red, one peer missing; checks and compile rows."""
-    root, local = tmp_path / "records", tmp_path / "results"
-    monkeypatch.setattr(report, "LOCAL", local)
-    times = {"triton": 95.0, "pallas": 110.0}
-    for p in PROBLEMS:
-        for w in p.workloads:
-            for which in w.passes if "model" in w.tags and "huge" not in w.tags else ():
-                for impl in (*p.implementations, *(f"peer:{name}" for name in p.peers)):
-                    us = times.get(impl, 100.0)
-                    red = (w.name, which, impl) == ("gemm_4096", "bwd", "pallas")
-                    more = {"check": "fail:tile", "note": "tile <3>"} if red else {}
-                    made = row(p, w, which, impl, None if red else us, **more)
-                    record.append(record.path_for(DEVICE, p.stem, root), made)
-    target = {"triton": "triton_kernels.softmax:x", "pallas": "pallas_kernels.softmax:x"}
-    report.keep_checks([check("triton"), check("pallas", ok=False)], "cpu", target)
-    kernel = {"problem": "softmax", "workload": "softmax_8192x8192", "pass": "fwd"}
-    numbers = {"registers": 64, "spills": 0, "shared_bytes": 2048, "wgmma": 0, "tma_load": 2}
-    report.keep_compiles(
-        [
-            kernel | numbers | {"twin": twin, "kernel": "k", "status": s, "message": m}
-            for twin, s, m in (("triton", "ok", ""), ("pallas", "fail", "spills 8 bytes"))
-        ]
-    )
-    monkeypatch.setattr(record, "RECORDS", root)
-    here = report.Results.here
-    monkeypatch.setattr(report.Results, "here", staticmethod(lambda: here(root)))
-    return root
+    return pretend(monkeypatch, tmp_path)
 
 
 def printed(renderable, width: int) -> str:
@@ -183,101 +107,38 @@ def test_refused_lines_are_named(records: Path, capsys):
     assert f"softmax.jsonl:{line} refused" in err and "softmax_8192x8192" in out
 
 
-class Page(html.parser.HTMLParser):
-    """What a screen reader and a link checker look for."""
-
-    VOID = frozenset("meta link br img input hr path use line".split())
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, dict]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.tags[tag] += 1
-        self.attributes.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.tags[tag] += 1
-        self.attributes.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
-
-
-def test_the_page_stands_alone_and_is_well_formed(records: Path):
-    text = report.html(report.Results.here())
-    page = Page(text)
-    assert not page.open
-    assert page.tags["script"] == 0 and "&lt;script&gt;alert(1)" in text
-    assert page.tags["table"] == page.tags["caption"] == 6
-    for tag, attributes in page.attributes:
-        for name in ("src", "href", "xlink:href"):
-            assert attributes.get(name, "#").startswith("#"), (tag, attributes)
-        assert tag != "th" or attributes.get("scope") in ("col", "row")
-        if attributes.get("class") == "scroll":
-            assert attributes["tabindex"] == "0" and attributes["aria-label"]
-    assert not re.search(r"url\((?!#)|@import", text)
-    assert "prefers-color-scheme: dark" in text and '<html lang="en">' in text
-    ids = [a["id"] for _, a in page.attributes if "id" in a]
-    anchors = [a["href"][1:] for tag, a in page.attributes if tag == "a"]
-    assert set(anchors) <= set(ids)
-    images = [a for _, a in page.attributes if a.get("role") == "img"]
-    assert len(images) == len(PROBLEMS)
-    assert all("share of the roof" in a["aria-label"] for a in images)
-    assert "softmax_8192x8192 fwd: triton 95 %, pallas 82 %" in text
-
-
-def test_the_page_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(report, "LOCAL", tmp_path)
-    page = Page(report.html(report.Results.here(tmp_path)))
-    assert not page.open and page.tags["table"] == 1
-
-
-def test_charts_take_the_pages_colours(records: Path):
-    svg, alt = report.chart(report.Results.here().lines(DEVICE), "all")
-    assert svg.startswith("<svg ") and "var(--triton)" in svg and "var(--ink)" in svg
-    assert "gemm_8192 fwd" in alt and "w3.org/1999/xlink" in svg
-    assert report.chart(report.Results.here().lines(DEVICE), "all")[0] == svg
-
-
 def test_readmes_table_is_rendered_between_its_markers(records, tmp_path, monkeypatch, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe end.\n")
-    monkeypatch.setattr(report, "README", readme)
+    file = tmp_path / "README.md"
+    file.write_text(f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nThe end.\n")
+    monkeypatch.setattr(readme, "README", file)
     assert cli.main(["report", "--readme", "--check"]) == 1
-    assert "old" in readme.read_text()
+    assert "old" in file.read_text()
     assert cli.main(["report", "--readme"]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"# Title\n\n{report.BEGIN}\n") and text.endswith("\n\nThe end.\n")
+    text = file.read_text()
+    assert text.startswith(f"# Title\n\n{readme.BEGIN}\n") and text.endswith("\n\nThe end.\n")
     assert "| `softmax_8192x8192` | fwd | 95.0 | 95 % | **1.05** | 110 | 82 % | 0.91 |" in text
     assert "| `gemm_4096` | bwd | 95.0 | 95 % | **1.05** | fail:tile |  |  |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     assert cli.main(["report", "--readme", "--check", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ok"]
-    readme.write_text("no markers")
+    file.write_text("no markers")
     assert cli.main(["report", "--readme"]) == 3
 
 
 def test_the_checkouts_readme_has_the_markers():
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    assert report.BEGIN in report.render_readme(text, report.Results.here())
+    assert readme.BEGIN in readme.rendered(text, report.Results.here())
 
 
-def test_report_json_and_html_together(records, tmp_path, capsys):
-    page = tmp_path / "deep" / "page.html"
-    assert cli.main(["report", "--html", str(page), "--json"]) == 0
+def test_report_json_and_html_together(records, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page, "html", lambda results: "<!doctype html>")
+    file = tmp_path / "deep" / "page.html"
+    assert cli.main(["report", "--html", str(file), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert Path(said["html"]) == page and page.read_text().startswith("<!doctype html>")
+    assert Path(said["html"]) == file and file.read_text().startswith("<!doctype html>")
     assert len(said["coverage"]) == sum(len(w.passes) for p in PROBLEMS for w in p.workloads)
-    assert not list(page.parent.glob("*.part"))
+    assert not list(file.parent.glob("*.part"))
 
 
 def test_error_over_yardstick():
@@ -297,6 +158,7 @@ def test_all_says_where_the_report_is_and_takes_the_worst_code(
     records, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(doctor, "machine", lambda: doctor.Machine((), "", "no driver"))
+    monkeypatch.setattr(page, "html", lambda results: "<!doctype html>")
     monkeypatch.setattr(everything, "PAGE", tmp_path / "index.html")
     monkeypatch.setattr(everything, "judged", lambda *a, **k: ([check("triton")], []))
     kernel = {"problem": "softmax", "workload": "w", "pass": "fwd", "twin": "triton", "kernel": "k"}
@@ -306,7 +168,6 @@ def test_all_says_where_the_report_is_and_takes_the_worst_code(
     out = capsys.readouterr().out
     assert f"The report is in {tmp_path / 'index.html'}" in out
     assert "All 1 checks pass" in out and "All 1 kernels pass" in out
-    monkeypatch.setattr(report, "html", lambda results: "<!doctype html>")
     bad = good | {"status": "fail", "message": "spills 8 bytes"}
     monkeypatch.setattr(everything, "gated", lambda *a, **k: ([bad], []))
     assert cli.main(["all", "--json"]) == 1

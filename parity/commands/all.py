@@ -25,7 +25,7 @@ from parity.commands.shared import (
 
 def run(args: Namespace) -> int:
     """Check, compile gate, bench where a Hopper GPU is, HTML report; the worst exit code."""
-    from parity import doctor, report
+    from parity import doctor, page, report
 
     console = console_of()
     codes: list[int] = []
@@ -74,8 +74,8 @@ def run(args: Namespace) -> int:
             show_bench(rows, left)
         return not any(row["check"].startswith("fail") for row in rows)
 
-    def page() -> bool:
-        report.replace_text(PAGE, report.html(report.Results.here()))
+    def write() -> bool:
+        report.replace_text(PAGE, page.html(report.Results.here()))
         said["html"] = str(PAGE)
         if not args.json:
             console.print(f"The report is in {PAGE}", markup=False, soft_wrap=True)
@@ -85,7 +85,7 @@ def run(args: Namespace) -> int:
     part("compile", gate)
     if doctor.machine().hopper and args.device != "cpu":
         part("bench", bench)
-    part("report", page)
+    part("report", write)
     code = next((c for c in (FAILED, ENVIRONMENT, USAGE) if c in codes), PASS)
     if args.json:
         print_json({"ok": code == PASS, "exit": code} | said)

@@ -17,7 +17,7 @@ from parity.commands.shared import (
 
 
 def run(args: Namespace) -> int:
-    from parity import report
+    from parity import page, report
 
     if args.check and not args.readme:
         raise Stop(USAGE, "--check goes with --readme")
@@ -30,8 +30,7 @@ def run(args: Namespace) -> int:
     if args.html is not None:
         with progress(1, "report") as tell:
             tell("drawing")
-            page = report.html(results)
-            report.replace_text(args.html, page)
+            report.replace_text(args.html, page.html(results))
             tell(f"{args.html}", 1)
         said["html"] = str(args.html.resolve())
     if args.json:
@@ -65,19 +64,19 @@ def run(args: Namespace) -> int:
 
 
 def _readme(results: Any, *, only_check: bool) -> dict[str, Any]:
-    from parity import report
+    from parity import readme, report
 
     try:
-        text = report.README.read_text()
-        fresh = report.render_readme(text, results)
+        text = readme.README.read_text()
+        fresh = readme.rendered(text, results)
     except (OSError, ValueError) as e:
-        raise Stop(ENVIRONMENT, f"{report.README}: {e}") from None
+        raise Stop(ENVIRONMENT, f"{readme.README}: {e}") from None
     if fresh == text:
         return {"readme": "README.md's table is what the records say."}
     if only_check:
         stale = "README.md's table is stale: `parity report --readme` renders it again."
         return {"ok": False, "readme": stale}
-    report.replace_text(report.README, fresh)
+    report.replace_text(readme.README, fresh)
     return {"readme": "README.md's table was rendered again."}
 
 
