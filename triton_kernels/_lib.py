@@ -42,6 +42,15 @@ def _multiprocessors(active: Any, device: int) -> int:
     return active.utils.get_device_properties(device)["multiprocessor_count"]
 
 
+def registers(warps: int) -> int:
+    """What a thread of a program can have, as `maxnreg` of kernels that wait for memory.
+
+    Told so, ptxas issues all loads of a tile at once. Left to itself it saves registers, and uses
+    the first loads before it issues the last.
+    """
+    return min(128, 65536 // (32 * warps))
+
+
 def has_tma() -> bool:
     """Whether tensor memory access exists: Hopper and newer. The interpreter imitates it."""
     return INTERPRETING or driver.active.get_current_target().arch >= 90

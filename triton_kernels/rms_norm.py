@@ -345,6 +345,7 @@ def _forward(
                 x, w, residual, y, h, rstd, R, N,
                 x.stride(0), 0 if residual is None else residual.stride(0), eps, w_offset,
                 cast_before_weight, tiles.block_m, tiles.block_n, num_warps=tiles.warps,
+                maxnreg=_lib.registers(tiles.warps),
             )  # fmt: skip
     return [y, rstd] if h is None else [y, rstd, h]
 
