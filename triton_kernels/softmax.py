@@ -205,7 +205,8 @@ def _forward(
             # Beyond these bounds all or nothing is kept.
             0 if causal_offset is None else max(-R, min(N, causal_offset)),
             causal_offset is not None,
-            tiles.block_m, tiles.block_n, num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
+            tiles.block_m, tiles.block_n,
+            num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
         )  # fmt: skip
     return y
 
@@ -226,7 +227,8 @@ def _backward(y: Tensor, dy: Tensor, scale: float, config: list[int] | None) -> 
         tiles = Config(*config) if config else default_config(R, N, y.dtype, "bwd")
         _softmax_bwd_kernel[(_lib.cdiv(R, tiles.block_m),)](
             y, dy, dx, R, N, y.stride(0), dy.stride(0), scale,
-            tiles.block_m, tiles.block_n, num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
+            tiles.block_m, tiles.block_n,
+            num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
         )  # fmt: skip
     return dx
 
