@@ -1,4 +1,4 @@
-"""The command line: `parity list|check|faults|compile|bench|report|diff|doctor|all`.
+"""The command line: `parity list|check|faults|compile|tune|bench|report|diff|doctor|all`.
 
 Exit codes: 0 all is well, 1 a check failed (or a gate, or a comparison), 2 the command was not
 understood, 3 this machine cannot do it, 130 interrupted. Every command says what its numbers mean
@@ -148,6 +148,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub = command("compile", "compile both twins for sm_90a; no GPU needed")
     choosing(sub, "model")
     sub.add_argument("--sass", action="store_true", help="insist on ptxas for the Pallas half")
+
+    sub = command("tune", "search for faster Configs; prunes without a GPU, measures on a Hopper")
+    choosing(sub, "model, without huge", impl=False)
+    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd"), help="only this one")
+    sub.add_argument("--exhaustive", action="store_true", help="every Config of the space")
+    sub.add_argument("--resume", action="store_true", help="go on where the results stop")
+    sub.add_argument("--budget", type=seconds, metavar="9m", help="stop in time: 90s, 9m, 1h")
+    sub.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of the results (default: parity/tuned/<device>)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="prune, and say what is left")
+    sub.add_argument("--emit", action="store_true", help="write winners into default_config")
 
     sub = command("bench", "time both twins beside their peers; needs a Hopper GPU")
     choosing(sub, "model, without huge")
