@@ -40,7 +40,7 @@ help:
 	@echo 'make parity        check every kernel against the oracle, compile it for sm_90a, measure it on a Hopper GPU'
 	@echo 'make test          the test suite'
 	@echo 'make lint          format, lint and types'
-	@echo 'make docs          render the picture and the tables of README.md'
+	@echo 'make docs          render the pictures, the tables and the pages that show records'
 	@echo 'make lab           JupyterLab on the notebooks'
 	@echo 'make sass          the compile gate down to machine code for both languages'
 	@echo 'make test-newest   the test suite on the newest frameworks'
@@ -58,7 +58,7 @@ lint: venv
 	@.venv/bin/pyright --pythonpath .venv/bin/python $(ARGS)
 
 docs: venv
-	@PYTHONPATH=docs .venv/bin/python -c 'import picture, tried; picture.main(); tried.main()'
+	@PYTHONPATH=docs .venv/bin/python -c 'import picture, reading, tried; picture.main(); reading.main(); tried.main()'
 	@.venv/bin/parity report --readme $(ARGS)
 
 lab: tmp

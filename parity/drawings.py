@@ -65,7 +65,15 @@ class Picture:
             f"svg{{{colours(0)}background:var(--paper);font-family:system-ui,sans-serif}}"
             f"@media(prefers-color-scheme:dark){{svg{{{colours(1)}}}}}"
         )
-        return self.svg.replace("<title", f"<style>{style}</style>\n<title", 1) + "\n"
+        sized = re.sub(
+            r'viewBox="0 0 ([\d.]+) ([\d.]+)"',
+            lambda box: (
+                f'{box[0]} width="{1.6 * float(box[1]):.0f}" height="{1.6 * float(box[2]):.0f}"'
+            ),
+            self.svg,
+            count=1,
+        )
+        return sized.replace("<title", f"<style>{style}</style>\n<title", 1) + "\n"
 
 
 class _Sheet:
@@ -170,7 +178,7 @@ _ROW, _HEAD, _GAP = 12.0, 15.0, 6.0
 def bars(lines: Sequence[Line], name: str, title: str) -> Picture:
     """Share of the roof of the twins and their peers, workload by workload."""
     height = sum(_HEAD + _ROW * len(line.rows) + _GAP for line in lines)
-    sheet = _Sheet(name, height, left=3, right=3, top=3, bottom=30)
+    sheet = _Sheet(name, height, left=5, right=3, top=3, bottom=30)
     axes = sheet.axes
     shares = [100 * row["roof"] for line in lines for row in line.rows.values() if row["roof"]]
     end = max([105.0, *(share + 2 for share in shares)])

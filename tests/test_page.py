@@ -13,6 +13,7 @@ from made_up import DEVICE, check, pretend, row, write
 from parity import drawings, page, report
 from parity.problems import PROBLEMS
 
+ROOT = Path(__file__).parent.parent
 AA, AA_GRAPHICS = 4.5, 3.0  # WCAG 2.2: text, and marks that carry meaning
 
 
@@ -222,6 +223,18 @@ def test_shares_are_never_rounded_away():
     assert [page.share_text(s) for s in (1.0, 0.9999, 0.97, 1e-5)] == [
         "100 %", "> 99.9 %", "97.0 %", "0.001 %"
     ]  # fmt: skip
+
+
+def test_reading_a_report_is_current(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import reading
+
+    book = reading.Reading()
+    assert reading.PAGE.read_text() == book.text(), "run `make docs`"
+    for file, picture in ((reading.BARS, book.bars), (reading.ROOFLINE, book.roofline)):
+        # another version of matplotlib may draw the same in other strokes
+        assert f">{picture.words}</desc>" in file.read_text(), "run `make docs`"
+        assert "prefers-color-scheme:dark" in file.read_text()
 
 
 # In a browser.

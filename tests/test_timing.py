@@ -376,7 +376,7 @@ def measured_rows(checks: list[Check], **how: Any) -> dict[str, dict]:
 
 
 def test_a_bench_times_both_twins_and_their_peers(fake_gpu: dict[str, float]):
-    found = measured_rows(green())
+    found = measured_rows([dataclasses.replace(check, ulp={"0": 1.0}) for check in green()])
     assert list(found) == [
         "triton",
         "pallas",
@@ -391,6 +391,7 @@ def test_a_bench_times_both_twins_and_their_peers(fake_gpu: dict[str, float]):
     assert found["pallas"]["roof"] == pytest.approx(100 / 125)
     columns = problem("matmul").workload("ci")["N"]
     assert found["triton"]["config"] == found["pallas"]["config"] == {"block_m": columns}
+    assert found["triton"]["ulp"] == {"0": 1.0} and found["peer:cublas"]["ulp"] is None
     assert found["peer:cublas"]["check"] == "none" and found["peer:cublas"]["us"]["p50"] == 150.0
     assert found["peer:jax.mosaic_example"]["us"] is None  # no Mosaic GPU kernel runs here
     assert len({row["run"] for row in found.values()}) == 1
