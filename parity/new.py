@@ -18,7 +18,7 @@ from parity import record
 
 ROOT = record.RECORDS.parents[1]
 TEMPLATES = Path(__file__).parent / "templates" / "new"
-MOST_LETTERS = 32  # names are built from the stem, and lines from names
+MOST_LETTERS = 30  # names are built from the stem, and lines from names
 PAGE = "docs/contribute-a-problem.md"
 
 NEW = {
@@ -166,9 +166,9 @@ def _inserted(source: str, node: ast.stmt | ast.expr, item: str, *, last: bool =
     return "".join([*lines[:first], whole + "\n", *lines[end:]])
 
 
-def _order(name: str) -> list[tuple[int, str]]:
+def _order(name: str) -> list[tuple[str, int]]:
     """Sorts names as ruff does: numbers in them by their value."""
-    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name.strip('"'))]
+    return [(text, int(part or -1)) for text, part in re.findall(r"(\D*)(\d*)", name.strip('"'))]
 
 
 def write(texts: Mapping[str, str], root: Path = ROOT) -> None:

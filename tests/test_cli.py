@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ import pytest
 
 from parity import bench, cli, doctor, frameworks, report, timing, workers
 from parity.commands import shared
+from parity.problems import softmax
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = doctor.Machine((), "", "no NVIDIA driver")
@@ -83,6 +85,8 @@ def parity(*args: str) -> int:
         (["list", "--jsno"], "'--json'"),
         (["check", "matmull"], "'matmul'"),
         (["check", "-w", "cii"], "'ci'"),
+        (["check", "-w", "softmax/cii"], "'softmax/ci'"),
+        (["check", "matmul", "-w", "softmax/ci"], "matmul has no workload 'softmax/ci'"),
         (["check", "matmul", "-w", "gemm_8129"], "'gemm_8192'"),
         (["check", "--twin", "trition"], "'triton'"),
         (["check", "--divice", "cpu"], "'--device'"),
@@ -102,6 +106,20 @@ def test_a_wrong_word_is_answered_with_the_nearest_right_one(args, hint, capsys)
     assert parity(*args) == 2
     out, err = capsys.readouterr()
     assert hint in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["ci"], {("softmax", w.name) for w in softmax.WORKLOADS if "ci" in w.tags}),
+        (["softmax/ci"], {("softmax", "ci")}),  # a tag is called that too
+        (["ci_mask", "huge"], {("softmax", "ci_mask"), ("softmax", "softmax_16384x151936")}),
+        (["all"], {("softmax", w.name) for w in softmax.WORKLOADS}),
+    ],
+)
+def test_a_word_of_w_is_a_tag_or_else_a_name(words: list[str], expected: set):
+    args = Namespace(stems=["softmax"], workload=words)
+    assert {(p.stem, w.name) for p, w in shared.selected(args, ("model",))} == expected
 
 
 def test_no_command_shows_the_help(capsys):

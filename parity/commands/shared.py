@@ -50,24 +50,30 @@ def problems_of(stems: Sequence[str]) -> list["parity.spec.Problem"]:
 
 
 def selected(args: Namespace, default: Sequence[str]) -> list[Pair]:
-    """The workloads that the names and tags of -w mean, in the order of the problems."""
+    """The workloads that the words of -w mean, in the order of the problems.
+
+    A word is a tag, or else a name: where a workload is named like a tag, the tag is meant.
+    STEM/NAME is exactly one workload.
+    """
     problems = problems_of(args.stems)
-    words = args.workload or default
-    names = {w.name for p in problems for w in p.workloads}
-    tags = {t for p in problems for w in p.workloads for t in w.tags} | {"all"}
-    for word in args.workload or ():
-        if word not in names | tags:
-            where = f"{', '.join(p.stem for p in problems)} "
-            near = nearest(word, [*tags, *names])
+    everything = [(p, w) for p in problems for w in p.workloads]
+    tags = dict.fromkeys(("all", *(tag for _, w in everything for tag in w.tags)))
+    wanted: set[tuple[str, str]] = set()
+    for word in args.workload or default:
+        tag = word in tags
+        found = {
+            (p.stem, w.name)
+            for p, w in everything
+            if word in (("all", *w.tags) if tag else (w.name, f"{p.stem}/{w.name}"))
+        }
+        if not found and args.workload:
+            names = [f"{p.stem}/{w.name}" if "/" in word else w.name for p, w in everything]
+            near = nearest(word, [*tags, *dict.fromkeys(names)])
             near = near if near.startswith(";") else " (`parity list` shows them)"
-            raise Stop(USAGE, f"{where}has no workload {word!r}{near}")
-    wanted = [
-        (p, w)
-        for p in problems
-        for w in p.workloads
-        if any(word in (w.name, "all", *w.tags) for word in words)
-    ]
-    return wanted
+            where = ", ".join(p.stem for p in problems)
+            raise Stop(USAGE, f"{where} has no workload {word!r}{near}")
+        wanted |= found
+    return [(p, w) for p, w in everything if (p.stem, w.name) in wanted]
 
 
 def implementations(args: Namespace) -> dict[str, str] | None:
