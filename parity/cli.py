@@ -116,8 +116,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "-w",
             "--workload",
             action="append",
-            metavar="NAME|TAG",
-            help=f"a workload, or ci, model, huge, all; may be repeated (default: {default})",
+            metavar="TAG|NAME",
+            help="ci, model, huge or all, else a workload's name; STEM/NAME is that one alone, "
+            f"even if it is named like a tag; may be repeated (default: {default})",
         )
         sub.add_argument("--twin", choices=TWINS, help="only this one")
         if impl:

@@ -66,7 +66,7 @@ def run(args: Namespace) -> int:
     if not args.json and impls is None:
         for stem in dict.fromkeys(row["problem"] for row in rows):
             if step := new.next_step(stem):
-                console_of().print(step, markup=False)
+                console_of().print(f"\n{step}", markup=False)
     return PASS if ok else FAILED
 
 
