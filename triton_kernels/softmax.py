@@ -71,14 +71,19 @@ def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Co
 @triton.jit
 def _scores(
     x_ptr, mask_ptr, m, n, R, N, stride_xr, stride_mr, scale, causal_offset,
-    masked: tl.constexpr, causal: tl.constexpr, policy: tl.constexpr,
+    masked: tl.constexpr, causal: tl.constexpr, rising: tl.constexpr, policy: tl.constexpr,
 ):  # fmt: skip
     """scale * x at rows m and columns n, -inf where nothing is or nothing is kept.
 
-    scale holds a factor log2(e): exp2 is one instruction, exp is several.
+    scale holds a factor log2(e): exp2 is one instruction, exp is several. rising: it is > 0.
     """
     rows = m.to(tl.int64)[:, None]
     keep = (m[:, None] < R) & (n[None, :] < N)
+    if rising and not (masked or causal):  # the load writes -inf: no instruction for each element
+        x = tl.load(
+            x_ptr + rows * stride_xr + n[None, :], keep, float("-inf"), eviction_policy=policy
+        )
+        return x.to(tl.float32) * scale
     x = tl.load(x_ptr + rows * stride_xr + n[None, :], keep, 0.0, eviction_policy=policy)
     s = x.to(tl.float32) * scale
     if causal:
@@ -95,7 +100,7 @@ def _softmax_fwd_kernel(
     mask_ptr,  # [R, N] uint8 or None
     y_ptr,  # [R, N]
     R, N, stride_xr, stride_mr, scale, causal_offset,
-    causal: tl.constexpr,
+    causal: tl.constexpr, rising: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
     masked: tl.constexpr = mask_ptr is not None
@@ -110,7 +115,7 @@ def _softmax_fwd_kernel(
     for n0 in tl.range(0, N, block_n):
         s = _scores(
             x_ptr, mask_ptr, m, n0 + n, R, N, stride_xr, stride_mr, scale, causal_offset,
-            masked, causal, "evict_last",
+            masked, causal, rising, "evict_last",
         )  # [block_m, block_n]  # fmt: skip
         s = tl.reshape(s, (block_m, block_n // 8, 8))
         new_max = tl.maximum(run_max, tl.max(s, 2))
@@ -132,7 +137,7 @@ def _softmax_fwd_kernel(
         cols = last - back + tl.arange(0, half)
         s = _scores(
             x_ptr, mask_ptr, m, cols, R, N, stride_xr, stride_mr, scale, causal_offset,
-            masked, causal, "evict_first",
+            masked, causal, rising, "evict_first",
         )  # [block_m, block_n / 2]  # fmt: skip
         y = (tl.exp2(s - top[:, None]) * norm).to(y_ptr.dtype.element_ty)
         y_tile = y_ptr + m.to(tl.int64)[:, None] * N + cols[None, :]
@@ -204,7 +209,7 @@ def _forward(
             x, mask, y, R, N, x.stride(0), 0 if mask is None else mask.stride(0), scale * LOG2_E,
             # Beyond these bounds all or nothing is kept.
             0 if causal_offset is None else max(-R, min(N, causal_offset)),
-            causal_offset is not None,
+            causal_offset is not None, scale > 0,
             tiles.block_m, tiles.block_n,
             num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
         )  # fmt: skip
