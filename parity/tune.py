@@ -192,7 +192,7 @@ class Entry:
         row = self.note(config)
         for name in [name for name in row if name != "config"]:
             del row[name]
-        row.update({"pruned": kind, "why": why})
+        row.update({"pruned": kind, "why": why[:160]})
 
     @property
     def pruned(self) -> dict[str, int]:

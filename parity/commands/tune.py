@@ -4,6 +4,7 @@ import difflib
 import itertools
 import math
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -249,7 +250,7 @@ def _show_pruned(
             for row in entry.row["configs"] if task.twin == twin else ():
                 if kind := row.get("pruned"):
                     count[kind] = count.get(kind, 0) + 1
-                    example.setdefault(kind, row["why"].partition(" (")[0][:120])
+                    example.setdefault(kind, re.split(r" \(|\. ", row["why"])[0])
         for kind, number in sorted(count.items(), key=lambda item: -item[1]):
             console.print(f"{twin}: {number} pruned, {kind}: {example[kind]}", markup=False)
 
