@@ -150,6 +150,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     choosing(sub, "model")
     sub.add_argument("--sass", action="store_true", help="insist on ptxas for the Pallas half")
 
+    sub = command("explain", "why the twins are as fast as they are; no GPU needed")
+    sub.add_argument("stems", nargs="*", metavar="STEM", help="a problem")
+    sub.add_argument("-w", "--workload", metavar="NAME", help="a workload (default: the first)")
+    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd"), help="only this one")
+    sub.add_argument("--twin", choices=TWINS, help="only this one")
+    sub.add_argument("--impl", metavar="FILE.py:function", help="your kernel in place of a twin")
+    sub.add_argument("--as", dest="impl_as", choices=TWINS, help="its language")
+
     sub = command("tune", "search for faster Configs; prunes without a GPU, measures on a Hopper")
     choosing(sub, "model, without huge", impl=False)
     sub.add_argument("--pass", dest="which", choices=("fwd", "bwd"), help="only this one")

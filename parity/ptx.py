@@ -60,27 +60,72 @@ def accesses(ptx: str) -> list[Access]:
     return list(_Reader(ptx).accesses())
 
 
+def read_twice(ptx: str) -> bool:
+    """Whether the code reads an array twice: the same place by two loads, or in two loops, neither
+    of them inside the other."""
+    seen: dict[int, list[_Place]] = {}
+    for place in _Reader(ptx).places():
+        for other in seen.setdefault(place.pointer, []):
+            # Loads before a loop do not count: a pipeline starts with them.
+            if place.loop == other.loop:
+                same = (place.first, place.size) == (other.first, other.size)
+            else:
+                same = None not in (place.loop, other.loop)
+            if same:
+                return True
+        seen[place.pointer].append(place)
+    return False
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a load of more than one value starts, and the innermost loop it is in."""
+
+    pointer: int
+    first: int
+    size: int
+    loop: tuple[int, int] | None
+
+
 class _Reader:
     def __init__(self, ptx: str) -> None:
         self._first: dict[str, tuple[str, list[str], int]] = {}  # register -> op, operands, which
         self._known: dict[str, Values | None] = {}
-        self._accesses: list[tuple[str, list[str], bool, str, str]] = []
+        self._accesses: list[tuple[str, list[str], bool, str, str, int]] = []
+        labels: dict[str, int] = {}
+        self._loops: list[tuple[int, int]] = []  # lines of their first and last instruction
         self._pointers: dict[str, int] = {}
-        for line in ptx.splitlines():
+        for at, line in enumerate(ptx.splitlines()):
+            if label := re.match(r"(\$L__BB\w+):", line):
+                labels[label[1]] = at
             found = _INSTRUCTION.match(line.strip())
             if found is None:
                 continue
             negated, guard, op, rest = found.groups()
             operands = _split(rest)
             if re.match(r"(ld|st)\.(?!param|shared|local|const)|cp\.async\.c[ag]\.", op):
-                self._accesses.append((op, operands, negated == "!", guard or "", line.strip()))
+                self._accesses.append((op, operands, negated == "!", guard or "", line.strip(), at))
+            if op.startswith("bra") and operands and operands[-1] in labels:
+                self._loops.append((labels[operands[-1]], at))
             if re.match(r"(st|red|bar|bra|ret|cp)\b", op):
                 continue
             for number, register in enumerate(re.findall(r"%\w+", operands[0] if operands else "")):
                 self._first.setdefault(register, (op, operands, number))
 
     def accesses(self) -> Iterator[Access]:
-        for op, operands, negated, guard, text in self._accesses:
+        return (access for access, _ in self._found())
+
+    def places(self) -> Iterator[_Place]:
+        """Loads of neighbouring values, which are of arrays."""
+        for access, (first, at) in self._found():
+            if access.kind == "load" and access.useful > access.lane_bytes:
+                around = [loop for loop in self._loops if loop[0] <= at <= loop[1]]
+                loop = min(around, key=lambda loop: loop[1] - loop[0], default=None)
+                yield _Place(first // _POINTER, first, access.lane_bytes, loop)
+
+    def _found(self) -> Iterator[tuple[Access, tuple[int, int]]]:
+        """Each access with its lowest address and its line."""
+        for op, operands, negated, guard, text, at in self._accesses:
             brackets = [o for o in operands if o.startswith("[")]
             copies = op.startswith("cp.async")
             if not brackets or (copies and len(brackets) < 2):
@@ -96,7 +141,7 @@ class _Reader:
             touched = {addresses[n] + i for n in active for i in range(size)}
             sectors = {a // SECTOR for a in touched}
             kind = "store" if op.startswith("st") else "load"
-            yield Access(kind, text, size, len(touched), len(sectors))
+            yield Access(kind, text, size, len(touched), len(sectors)), (min(touched), at)
 
     def _address(self, bracket: str) -> Values | None:
         base, _, offset = bracket.strip("[] ").partition("+")

@@ -141,6 +141,11 @@ class Code:
     instructions: tuple[Instruction, ...]
 
     @cached_property
+    def blocks(self) -> list[list[Instruction]]:
+        """Straight pieces: entered at their start, left at their end."""
+        return _blocks(self.instructions)
+
+    @cached_property
     def loops(self) -> tuple[Loop, ...]:
         """All loops that are more than a wait, outer ones before those inside."""
         return tuple(_loops(self.instructions))
@@ -168,7 +173,7 @@ class Code:
 
         Only within a straight piece of code, and only where nothing else uses the product.
         """
-        return sum(map(_unfused, _blocks(self.instructions)))
+        return sum(map(_unfused, self.blocks))
 
     @cached_property
     def main_loop(self) -> Loop | None:
@@ -230,6 +235,23 @@ def shape_of(product: Instruction) -> str:
     parts = product.opcode.split(".")
     kinds = [p for p in parts[2:] if p not in ("F32", "F16", "S32")] or parts[2:3]
     return " ".join([parts[1], *kinds[:1]])
+
+
+def registers_written(i: Instruction) -> Iterator[str]:
+    """The registers of a load's destination: "R4" to "R7" for one of 128 bits."""
+    first = re.match(r"R(\d+)", i.operands)
+    if first:
+        for n in range(max(1, i.bits // 32)):
+            yield f"R{int(first[1]) + n}"
+
+
+def registers_read(i: Instruction) -> Iterator[str]:
+    """The registers named after the first operand, which is where the result goes; for a store, a
+    branch or the like all of them."""
+    rest = i.operands.partition(",")[2]
+    stores = i.kind in ("global store", "shared store", "stmatrix", "local memory", "barrier")
+    for register in re.findall(r"(?<![\w.])R\d+", i.operands if stores else rest):
+        yield register
 
 
 def accumulator(product: Instruction) -> tuple[int, int] | None:

@@ -115,7 +115,8 @@ class Plan:
     """What a Config makes of a launch, as far as arithmetic tells; bytes are beyond the least."""
 
     tiles: int  # pieces of work that its blocks share
-    again: float = 0  # bytes a block reads twice: from a cache if they are still there
+    again: float = 0  # bytes that a block reads twice, if its code walks over them twice
+    window: float = 0  # bytes a block reads until it comes back to the first: a cache may hold them
     shared: float = 0  # bytes of operands that many blocks ask for: mostly from L2
     extra: float = 0  # bytes of intermediate results: written, and read by a later kernel
 

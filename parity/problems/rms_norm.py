@@ -131,8 +131,9 @@ def cost(work: Workload, which: str) -> Cost:
 
 
 def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
-    """Rows are tiles; a row is read twice as far as its block cannot hold it, w once a tile or
-    block, and the backward's blocks leave partial sums of dw."""
+    """Rows are tiles. Triton's code may walk over a row twice, Pallas' reads twice what its slots of
+    shared memory cannot hold; w is read for each tile or block, and the backward's blocks leave
+    partial sums of dw."""
     if launch.number or not {"block_m", "block_n"} <= launch.config.keys():
         return None
     R, N, config = work["R"], work["N"], launch.config
@@ -142,10 +143,8 @@ def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
     block_m = config["block_m"] if forward or whole or not triton else 1
     tiles = -(-R // block_m)
     read = 1 + residual if forward else 2
-    if triton:  # the whole row in registers, or none of it
-        held = N if whole else 0
-        weights = launch.blocks if whole and not forward else tiles
-    else:  # slots of shared memory, of each warpgroup that shares the row; they take dh as well
+    held, weights = 0, launch.blocks if whole and not forward else tiles
+    if not triton:  # the slots of each warpgroup that shares the row; they take dh as well
         held = config["stages"] * config["block_n"] * config["warpgroups"] // block_m
         read += residual and not forward
         weights = launch.blocks
@@ -153,6 +152,7 @@ def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
     return Plan(
         tiles,
         again=R * max(0, N - held) * read * work.itemsize,
+        window=block_m * N * read * work.itemsize,
         shared=weights * N * work.itemsize,
         extra=2 * partial,  # written, then read
     )

@@ -117,17 +117,21 @@ def cost(work: Workload, which: str) -> Cost:
 
 
 def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
-    """Rows are tiles; a row is read twice as far as its block cannot hold it."""
+    """Rows are tiles. Triton's code may walk over a row twice, Pallas' reads twice what its slots of
+    shared memory cannot hold."""
     if launch.number or not {"block_m", "block_n"} <= launch.config.keys():
         return None
     R, N, config = work["R"], work["N"], launch.config
-    if launch.twin == "triton":  # the whole row in registers, or none of it
-        held = N if config["block_n"] >= N else 0
-    else:  # slots of shared memory, of each warpgroup that shares the row
+    held = 0
+    if launch.twin == "pallas":  # the slots of each warpgroup that shares the row
         held = config["stages"] * config["block_n"] * config["warpgroups"] // config["block_m"]
     mask = which == "fwd" and "mask" not in work.absent
     column = work.itemsize * (1 if which == "fwd" else 2) + mask  # bytes read
-    return Plan(-(-R // config["block_m"]), again=R * max(0, N - held) * column)
+    return Plan(
+        -(-R // config["block_m"]),
+        again=R * max(0, N - held) * column,
+        window=config["block_m"] * N * column,
+    )
 
 
 def reduction(work: Workload, name: str) -> int:
