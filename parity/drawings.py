@@ -191,22 +191,21 @@ def bars(lines: Sequence[Line], name: str, title: str) -> Picture:
         y += _HEAD
         told = []
         for impl, row in report.in_order(line.rows):
-            who = report.name_of(impl)
-            if row["roof"] and (us := line.us(impl)):
+            who, us = report.name_of(impl), line.us(impl)
+            if row["roof"] and us:
                 share = 100 * row["roof"]
                 told.append(f"{who} {share:.0f} %")
                 reach = share * us.p50 / us.p90, share * us.p50 / us.p10
                 spread.append((y + _ROW / 2, *reach))
                 _bar(sheet, y + _ROW / 2, unit, impl, share, reach, line)
             else:
-                told.append(f"{who} {report.why_not_timed(row)}")
+                why = f"{report.short_us(us.p50)} us, no roof" if us else report.why_not_timed(row)
+                told.append(f"{who} {why}")
                 colour = _INK["bad" if row["check"].startswith("fail") else "faint"]
-                text = f"{who}: {report.why_not_timed(row)}"
-                room = int((sheet.width - 6) / (_SMALL * _PROSE))
+                text, room = f"{who}: {why}", int((sheet.width - 6) / (_SMALL * _PROSE))
                 shown = text if len(text) <= room else text[: room - 1] + "…"
-                sheet.tip(
-                    sheet.words(4 * unit, y + _ROW / 2, shown, size=_SMALL, color=colour), text
-                )
+                word = sheet.words(4 * unit, y + _ROW / 2, shown, size=_SMALL, color=colour)
+                sheet.tip(word, text)
             y += _ROW
         said.append(f"{line.workload} {line.which}: {', '.join(told)}")
         y += _GAP

@@ -15,10 +15,11 @@ from typing import Any
 from parity import drawings, judge, record, report, timing
 from parity.drawings import Error, Errors, Picture
 from parity.record import Row
-from parity.report import NAMES, TWINS, WHERE, Distance, Results
+from parity.report import NAMES, TWINS, WHERE, Distance, Line, Results
 from parity.spec import Problem
 
 PASS_NAMES = {"fwd": "forward", "bwd": "backward"}
+EXTREMES = 6  # rows in each table of the passes furthest ahead and behind
 BINS = (*map(str, range(9)), ">8")  # of Check.ulp
 
 
@@ -44,6 +45,7 @@ def html(results: Results) -> str:
         devices=[_Device.of(results, device) for device in results.records],
         checks=[
             f"Checked here last: {_plain(report.sentence_of_checks(rows, mode))}"
+            + _outdated(sum(results.outdated(row) for row in rows))
             for mode in WHERE
             if (rows := [row for row in results.checks if row["device"] == mode])
         ],
@@ -55,6 +57,7 @@ def html(results: Results) -> str:
             for device in results.records or [""]
             for p in results.problems
         ],
+        extremes=extremes(results),
         problems=[
             _Section(results, p, [row[1:] for row in coverage if row[0] is p])
             for p in results.problems
@@ -111,12 +114,14 @@ class Standing:
         rows = [line.rows[twin] for line in lines if twin in line.rows]
         checks = []
         if rows:
-            checks.append(_counted([row["check"] == "pass" for row in rows], "recorded"))
+            passed = [row["check"] == "pass" for row in rows]
+            checks.append(_counted(passed, "recorded", any(map(results.stale, rows))))
         for mode, where in WHERE.items():
             mine = [r for r in results.checks
                     if (r["device"], r["problem"], r["impl"]) == (mode, p.stem, twin)]  # fmt: skip
             if mine:
-                checks.append(_counted([r["ok"] for r in mine], f"here, {where}"))
+                old = any(map(results.outdated, mine))
+                checks.append(_counted([r["ok"] for r in mine], f"here, {where}", old))
         shares = {f"{x.workload} {x.which}": 100 * x.rows[twin]["roof"]
                   for x in lines if twin in x.rows and x.rows[twin]["roof"]}  # fmt: skip
         beside = [found for line in lines if (found := line.versus_peer(twin))]
@@ -133,10 +138,37 @@ class Standing:
         )
 
 
-def _counted(passed: Sequence[bool], where: str) -> tuple[str, str, str]:
+@dataclass(frozen=True)
+class Beside:
+    """One twin beside the best peer of one pass."""
+
+    line: Line
+    twin: str
+    ratio: float
+
+
+def extremes(results: Results) -> tuple[list[Beside], list[Beside]]:
+    """The passes on which a twin is furthest ahead of its best peer, and furthest behind."""
+    found: dict[str, list[Beside]] = {timing.FASTER: [], timing.SLOWER: []}
+    for device in results.records:
+        for line in results.lines(device):
+            for twin in TWINS:
+                beside = line.versus_peer(twin)
+                if beside and beside[1] in found:
+                    found[beside[1]].append(Beside(line, twin, beside[0]))
+    ahead = sorted(found[timing.FASTER], key=lambda b: -b.ratio)
+    return ahead[:EXTREMES], sorted(found[timing.SLOWER], key=lambda b: b.ratio)[:EXTREMES]
+
+
+def _counted(passed: Sequence[bool], where: str, old: bool) -> tuple[str, str, str]:
+    where += ", outdated" if old else ""
     if all(passed):
-        return "ok", f"{len(passed)} pass", where
+        return "stale" if old else "ok", f"{len(passed)} pass", where
     return "fail", f"{passed.count(False)} of {len(passed)} fail", where
+
+
+def _outdated(count: int) -> str:
+    return f" {count} of them are outdated: a kernel has changed since." if count else ""
 
 
 def _middle(values: Sequence[float]) -> tuple[float, float, float] | None:
@@ -191,7 +223,7 @@ class _Section:
         for which in dict.fromkeys(line.which for line in lines):
             mine = [line for line in lines if line.which == which]
             name = f"{self.stem}-{record.slug(device)}-{which}"
-            title = f"Share of the roof, {self.stem} {PASS_NAMES[which]} on {device}"
+            title = f"Share of the roof, {self.stem} {PASS_NAMES.get(which, which)} on {device}"
             found.append((which, drawings.bars(mine, name, title)))
         return found
 

@@ -84,8 +84,12 @@ def replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
         part.write(text)
-    os.chmod(part.name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-    os.replace(part.name, path)
+    try:
+        os.chmod(part.name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        os.replace(part.name, path)
+    except OSError:
+        os.unlink(part.name)
+        raise
 
 
 # All that is known.
@@ -212,6 +216,10 @@ class Results:
         file = ROOT / (target.partition(":")[0].replace(".", "/") + ".py")
         return record.source_hash(file) if file.is_file() else ""
 
+    def outdated(self, check: Row) -> bool:
+        """Whether anything that the twin is made of has changed since the check."""
+        return check["source"] != self.sources.get((check["problem"], check["impl"]))
+
     @cached_property
     def sources(self) -> dict[tuple[str, str], str]:
         """What each twin of each problem is made of now."""
@@ -236,11 +244,7 @@ class Results:
         for mode, where in WHERE.items():
             mine = [r for r in self.compared if (r["problem"], r["device"]) == (stem, mode)]
             latest = {(row["workload"], row["which"]): row for row in mine}
-            stale = {
-                (r["workload"], r["which"])
-                for r in mine
-                if r["source"] != self.sources.get((stem, r["impl"]))
-            }
+            stale = {(r["workload"], r["which"]) for r in mine if self.outdated(r)}
             found += [
                 Distance(*place, row["ulp"], f"checked here, {where}", row["when"], place in stale)
                 for place, row in latest.items()
@@ -260,10 +264,10 @@ class Results:
                 measured = [r[key] for r in self.records.values() if key in r]
                 found = (checks.get((mode, p.stem, w.name, which, twin)) for mode in ("gpu", "cpu"))
                 checked = [row for row in found if row]
-                cells[twin] = self._cell(w, measured, checked, self.sources[p.stem, twin])
+                cells[twin] = self._cell(w, measured, checked)
             yield p, w, which, cells
 
-    def _cell(self, w: Workload, measured: list[Row], checked: list[Row], source: str) -> Cell:
+    def _cell(self, w: Workload, measured: list[Row], checked: list[Row]) -> Cell:
         for row in measured:
             if row["check"].startswith("fail"):
                 return Cell("red", row["check"].replace(":", ": "))
@@ -272,7 +276,7 @@ class Results:
                 return Cell("stale", f"{us}, outdated") if self.stale(row) else Cell("timed", us)
         for row in checked:
             where = WHERE[row["device"]]
-            if row["source"] != source:
+            if self.outdated(row):
                 return Cell("stale", "outdated check")
             if not row["ok"]:
                 return Cell("red", f"fail: {row['reason']} {where}")

@@ -65,10 +65,10 @@ def check(impl: str, ok: bool = True, **more) -> dict:
     } | more
 
 
-def write(root: Path, stem: str, rows: list[dict]) -> None:
+def write(root: Path, stem: str, rows: list[dict], device: str = DEVICE) -> None:
     """Appends rows, without a flush to the disk for each."""
     assert not any(map(record.wrong_with, rows))
-    path = record.path_for(DEVICE, stem, root)
+    path = record.path_for(device, stem, root)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.writelines(json.dumps(r) + "\n" for r in rows)

@@ -3,6 +3,7 @@
 import html.parser
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from parity import drawings, page, report
 from parity.problems import PROBLEMS
 
 ROOT = Path(__file__).parent.parent
+OTHER = {"triton": 200.0, "peer:cublas": 100.0}  # on another device
 AA, AA_GRAPHICS = 4.5, 3.0  # WCAG 2.2: text, and marks that carry meaning
 
 
@@ -70,6 +72,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for impl in ("triton", "peer:cublas"):
                 more = {"commit": commit, "when": when, "ulp": {"0": 0.9, "1": 0.0999, ">8": 1e-4}}
                 write(root, p.stem, [row(p, w, "fwd", impl, us, **more)])
+        other = [row(p, w, "fwd", i, us, device="NVIDIA H100") for i, us in OTHER.items()]
+        write(root, p.stem, other, "NVIDIA H100")
         file = where / "index.html"
         file.write_text(page.html(report.Results.here()))
     return file
@@ -107,6 +111,14 @@ def test_no_cell_is_empty_and_headings_are_in_order(made: Path):
     assert "fail: tile, not timed: tile &lt;3&gt;" in made.read_text()
     passes = [w for w in PROBLEMS[0].workloads if {"model", "huge"} & {*w.tags} == {"model"}]
     assert f"1 of {2 * len(passes)} fail" in made.read_text()
+
+
+def test_the_extremes_come_first(made: Path):
+    text = made.read_text()
+    behind = text[text.index('id="furthest-behind"') : text.index("</section>")]
+    assert re.search(r">gemm_8192</a> fwd</th>.*?Triton.*?0\.50.*?cublas", behind, re.S)
+    assert behind.count("<tr>") - 1 == page.EXTREMES
+    assert "NVIDIA H100" in text and 'id="matmul-roofline2"' in text
 
 
 def test_the_page_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -219,6 +231,17 @@ def test_the_distance_between_the_twins_comes_from_where_it_is_said_to(made: Pat
     assert report.Results.here().distances("rms_norm") == []
 
 
+def test_what_is_outdated_is_called_so(records: Path):
+    results = report.Results.here()
+    assert "outdated" not in str(page.Standing.of(results, DEVICE, PROBLEMS[1], "triton"))
+    old = tuple(check | {"source": "old"} for check in results.checks)
+    changed = replace(results, checks=old)
+    found = page.Standing.of(changed, DEVICE, PROBLEMS[1], "triton")
+    assert ("stale", "1 pass", "here, interpreted, outdated") in found.checks
+    red = page.Standing.of(changed, DEVICE, PROBLEMS[1], "pallas")
+    assert ("fail", "1 of 1 fail", "here, interpreted, outdated") in red.checks
+
+
 def test_shares_are_never_rounded_away():
     assert [page.share_text(s) for s in (1.0, 0.9999, 0.97, 1e-5)] == [
         "100 %", "> 99.9 %", "97.0 %", "0.001 %"
@@ -242,7 +265,9 @@ def test_reading_a_report_is_current(monkeypatch: pytest.MonkeyPatch):
 CONTRASTS = """
 (() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const solid = (colour) => {  // whatever notation the browser answers in
+  const known = {};
+  const solid = (colour) => (known[colour] ??= painted(colour));
+  const painted = (colour) => {  // whatever notation the browser answers in
     canvas.clearRect(0, 0, 1, 1);
     canvas.fillStyle = colour;
     canvas.fillRect(0, 0, 1, 1);
@@ -340,8 +365,7 @@ def test_a_screen_reader_hears_names(browser: Browser, made: Path):
 
 def test_tables_sort_and_everything_is_there_without_scripts(browser: Browser, made: Path):
     browser.open(made, "light", 1000)
-    column = "[...document.querySelectorAll('#{} ~ details table')][0]"
-    times = column.format("matmul-speed")
+    times = f"""document.querySelector('[aria-label="Times of matmul on {DEVICE}"] table')"""
     cells = f"[...{times}.tBodies[0].rows].map((r) => r.cells[3].dataset.by).filter((x) => x)"
     before = browser.run(cells)
     browser.run(f"{times}.tHead.rows[0].cells[3].querySelector('button').click()")

@@ -138,7 +138,13 @@ def test_report_json_and_html_together(records, tmp_path, monkeypatch, capsys):
     said = json.loads(capsys.readouterr().out)
     assert Path(said["html"]) == file and file.read_text().startswith("<!doctype html>")
     assert len(said["coverage"]) == sum(len(w.passes) for p in PROBLEMS for w in p.workloads)
-    assert not list(file.parent.glob("*.part"))
+    assert cli.main(["report", "--html", str(tmp_path)]) == 2
+    assert cli.main(["report", "--html", str(file / "below.html")]) == 2
+    said = capsys.readouterr().err
+    assert "a folder; name a file in it" in said and "below.html" in said
+    with pytest.raises(OSError):
+        report.replace_text(file.parent, "text")
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_error_over_yardstick():

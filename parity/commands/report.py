@@ -21,6 +21,8 @@ def run(args: Namespace) -> int:
 
     if args.check and not args.readme:
         raise Stop(USAGE, "--check goes with --readme")
+    if args.html is not None and args.html.is_dir():
+        raise Stop(USAGE, f"--html {args.html}: a folder; name a file in it")
     results = report.Results.here()
     for name, line, why in results.refused:
         print(f"parity: {name}:{line} refused: {why}; the good rows are kept", file=sys.stderr)
@@ -30,7 +32,10 @@ def run(args: Namespace) -> int:
     if args.html is not None:
         with progress(1, "report") as tell:
             tell("drawing")
-            report.replace_text(args.html, page.html(results))
+            try:
+                report.replace_text(args.html, page.html(results))
+            except OSError as e:
+                raise Stop(USAGE, f"--html {args.html}: {e.strerror}") from None
             tell(f"{args.html}", 1)
         said["html"] = str(args.html.resolve())
     if args.json:
