@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 
@@ -27,6 +27,8 @@ from parity.judge import (
     ulp_histogram,
 )
 from parity.spec import Arithmetic, Array, Descriptor, Problem, Workload
+
+LOADING = "load"  # the output of a verdict on an implementation that could not be imported
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Check:
     verdicts: tuple[Verdict, ...]
     seconds: float
     ulp: Mapping[str, float] | None = None  # distance between the twins, in units in the last place
+    diagnosis: Mapping[str, Any] | None = None  # of a wrong answer: see parity.diagnose
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -95,10 +98,21 @@ def check(
                 results[impl] = outputs
             except Exception as e:
                 verdicts = [_crashed(e)]
-            rows.append(_row(problem, work, which, impl, verdicts, time.perf_counter() - start))
+            row = _row(problem, work, which, impl, verdicts, time.perf_counter() - start)
+            rows.append(replace(row, diagnosis=None if row.ok else subject.diagnosis(verdicts)))
         if len(results) == 2 and all(row.ok for row in rows[-2:]):
             rows[-2:] = _compared(problem, work, rows[-2:], results, truth, specs)
     return rows
+
+
+class _Evidence(NamedTuple):
+    """An answer that was judged, and how to ask for it again."""
+
+    arrays: Mapping[str, Any]
+    truth: tuple[Any, ...]
+    model: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    call: tuple[Kernel, Callable, list, dict]
 
 
 class _Subject:
@@ -111,6 +125,7 @@ class _Subject:
         self.target = target
         self.options = dict(work.options)
         self.bwd_options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
+        self.evidence: _Evidence | None = None
 
     def judged(
         self,
@@ -125,7 +140,10 @@ class _Subject:
 
         twin, problem, work = self.twin, self.problem, self.work
         target = self.target
-        kernel = target if isinstance(target, Kernel) else twin.load(target)
+        try:
+            kernel = target if isinstance(target, Kernel) else twin.load(target)
+        except Exception as e:
+            return [replace(_crashed(e), output=LOADING)], ()
         other: dict[str, Any] = {}
         decoy: tuple[Any, ...] = ()
         # Other inputs of the same sizes first, so that a remembered answer shows. The interpreters
@@ -148,6 +166,8 @@ class _Subject:
                 detail = "two runs on the same inputs differ"
                 return [Verdict("outputs", False, "nondeterministic", detail)], ()
         outputs = tuple(twin.harness(x) for x in out)
+        call = (kernel, fn, args, options)
+        self.evidence = _Evidence(arrays, truth, model, outputs, call)
         verdicts = [
             judge(n, y, r, m, s, family=problem.family, terms=problem.reduction(work, n))
             for (n, s), y, r, m in zip(specs.items(), outputs, truth, model, strict=True)
@@ -162,7 +182,7 @@ class _Subject:
             detail = "the answer is that of an earlier call with other inputs"
             return [Verdict("outputs", False, "cached", detail)], ()
         if problem.probe is not None and all(v.ok for v in verdicts):
-            verdicts += self._probed(other, decoy, specs)
+            verdicts += self._probed(other, decoy, specs, call)
         if all(v.ok for v in verdicts):
             wrong = twin.witness(fn, args, options, problem.glue, share="model" in work.tags)
             verdicts += [Verdict("witness", False, "witness", sentence) for sentence in wrong]
@@ -184,16 +204,40 @@ class _Subject:
         return self.twin.outputs_of(self.twin.run(*self._pass(kernel, arrays)))
 
     def _probed(
-        self, arrays: Mapping[str, Any], out: tuple[Any, ...], specs: Mapping[str, Array]
+        self,
+        arrays: Mapping[str, Any],
+        out: tuple[Any, ...],
+        specs: Mapping[str, Array],
+        call: tuple[Kernel, Callable, list, dict],
     ) -> list[Verdict]:
         """The exact probe: on whole numbers the answer is the oracle's, bit for bit."""
         seen = _seen(self.problem, self.work, self.which, arrays)
         ar = Arithmetic.truth(array_api_compat.array_namespace(*seen.values()))
         truth = answer(self.problem, self.work, self.which, seen, ar)
         out = tuple(map(self.twin.harness, out))
-        return [
+        verdicts = [
             judge_exact(n, y, r, s) for (n, s), y, r in zip(specs.items(), out, truth, strict=True)
         ]
+        if not all(v.ok for v in verdicts):
+            self.evidence = _Evidence(arrays, truth, truth, out, call)
+        return verdicts
+
+    def diagnosis(self, verdicts: list[Verdict]) -> dict[str, Any] | None:
+        """What is wrong with the answer that these verdicts failed, if there is one to look at."""
+        from parity import diagnose, faults
+        from parity.frameworks.tiles import tiles
+
+        bad = next(v for v in verdicts if not v.ok)
+        if self.evidence is None or bad.reason not in diagnose.REASONS:
+            return None
+        arrays, truth, model, outputs, (kernel, fn, args, options) = self.evidence
+        try:
+            seen = _seen(self.problem, self.work, self.which, arrays)
+            case = faults.case_of(self.problem, self.work, self.which, seen, truth, model)
+            configs = tiles(self.twin, kernel, fn, args, options)
+            return diagnose.diagnosis(case, model, outputs, bad, configs)
+        except Exception as e:  # whatever a wrong kernel makes of this, the verdict stands
+            return {"failed": f"{type(e).__name__}: {e}"}
 
 
 def _described(problem: Problem, work: Workload) -> dict[str, Descriptor]:

@@ -141,6 +141,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="for one workload (default: 120 with --impl, else 300, on a GPU 600)",
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="processes (default: 2 on a CPU)")
+    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd"), help="only this one")
+    sub.add_argument(
+        "-s", "--sizes", type=sizes, metavar="M=3,N=70", help="instead of the workload's own"
+    )
+    sub.add_argument(
+        "--without", type=names, metavar="NAME,...", help="options and optional inputs to leave out"
+    )
+    sub.add_argument(
+        "--no-shrink",
+        dest="shrink",
+        action="store_false",
+        help="do not look for the smallest case that fails",
+    )
 
     sub = command("faults", "plant faults and see that the judge catches each")
     choosing(sub, "ci", impl=False)
@@ -239,6 +252,21 @@ def positive(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"expected more than 0 seconds, not {text!r}")
     return value
+
+
+def sizes(text: str) -> dict[str, int]:
+    """'M=3,N=70' as {"M": 3, "N": 70}."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        letter, equals, number = part.strip().partition("=")
+        if not (equals and letter.isidentifier() and number.isdecimal()) or letter in found:
+            raise argparse.ArgumentTypeError(f"expected M=3,N=70, not {text!r}")
+        found[letter] = int(number)
+    return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
 
 
 def seconds(text: str) -> float:

@@ -35,7 +35,9 @@ class Caught:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
+    """One pass of one workload with its right answer, which a fault makes wrong."""
+
     xp: Any
     problem: Problem
     work: Workload
@@ -68,33 +70,40 @@ def _tail(x: Any) -> Any:
     return (..., slice((x.shape[-1] - 1) // 64 * 64, None))
 
 
-def skipped_tile(c: _Case) -> Any:
+def skipped_tile(c: Case) -> Any:
+    """One tile was never computed: its elements are zero."""
+
     def edit(x: Any) -> None:
         x[: 64 if x.ndim > 1 else 8, ..., :64] = 0
 
     return c.edited(edit)
 
 
-def dropped_tail(c: _Case) -> Any:
+def dropped_tail(c: Case) -> Any:
+    """What lies beyond the last whole tile was never computed: it is zero."""
+
     def edit(x: Any) -> None:
         x[_tail(x)] = 0
 
     return c.edited(edit)
 
 
-def unwritten_tail(c: _Case) -> Any:
+def unwritten_tail(c: Case) -> Any:
+    """What lies beyond the last whole tile was never written: it still holds NaN."""
+
     def edit(x: Any) -> None:
         x[_tail(x)] = c.xp.nan
 
     return c.edited(edit)
 
 
-def shifted_by_one(c: _Case) -> Any:
-    return (c.xp.roll(c.good[0], 1, axis=-1), *c.good[1:])
+def shifted_by_one(c: Case, by: int = 1, axis: int = -1) -> Any:
+    """Every element holds its neighbour's value: an index is off by one."""
+    return (c.xp.roll(c.good[0], by, axis=axis), *c.good[1:])
 
 
-def wrong_element(c: _Case) -> Any:
-    """One element has the wrong sign: the largest, in an array whose norm hardly notices."""
+def wrong_element(c: Case) -> Any:
+    """One element has the wrong sign, and the norm hardly notices."""
     flat = c.xp.reshape(c.good[0], (-1,))
     at = int(c.xp.argmax(c.xp.abs(c.xp.astype(flat, c.xp.float32))))
 
@@ -105,37 +114,57 @@ def wrong_element(c: _Case) -> Any:
     return c.edited(edit)
 
 
-def mask_off_by_one(c: _Case) -> Any:
+def mask_off_by_one(c: Case, by: int = 1) -> Any:
+    """The mask lies one column beside its place."""
     options, arrays = dict(c.work.options), dict(c.arrays)
     if "causal_offset" in options:
-        options["causal_offset"] += 1
+        options["causal_offset"] += by
     elif "mask" in arrays:
-        arrays["mask"] = c.xp.roll(arrays["mask"], 1, axis=-1)
+        arrays["mask"] = c.xp.roll(arrays["mask"], by, axis=-1)
     else:
         return None
     work = replace(c.work, options=options)
     return c.recomputed(Arithmetic.model(c.xp), work, arrays)
 
 
-def last_term_missing(c: _Case) -> Any:
-    """The sum stops one term early: the last k of a product, the last column or row of a norm."""
-    arrays = dict(c.arrays)
+def reduced_input(c: Case) -> str | None:
+    """The input over whose last axis the forward sums."""
     name = {"matmul": "a", "softmax": "x", "rms_norm": "x"}.get(c.problem.stem)
-    if name is None or c.which == "bwd":
+    return None if c.which == "bwd" else name
+
+
+def last_term_missing(c: Case, terms: int = 1) -> Any:
+    """The sum stops one term early.
+
+    A term: one k of a product, one column of a softmax or a norm.
+    """
+    arrays = dict(c.arrays)
+    name = reduced_input(c)
+    if name is None:
         return None
     x = c.xp.asarray(arrays[name], copy=True)
-    x[..., -1] = 0 if c.problem.stem != "softmax" else -60000
+    x[..., x.shape[-1] - terms :] = 0 if c.problem.stem != "softmax" else -60000
     arrays[name] = x
     if c.problem.stem == "rms_norm" and "residual" in arrays:
         return None  # h is an output there: dropped_tail is the same fault
     return c.recomputed(Arithmetic.model(c.xp), c.work, arrays)
 
 
-def one_precision_lower(c: _Case) -> Any:
+def option_ignored(c: Case, name: str) -> Any:
+    """An option or an optional input is not looked at."""
+    options = {k: v for k, v in c.work.options.items() if k != name}
+    arrays = {k: v for k, v in c.arrays.items() if k != name}
+    oracle = c.problem.oracle if c.which == "fwd" else c.problem.oracle_bwd
+    answer = oracle(Arithmetic.model(c.xp), replace(c.work, options=options), **arrays)
+    return c.rounded(answer) if len(answer) == len(c.specs) else None
+
+
+def one_precision_lower(c: Case) -> Any:
+    """The inputs went through the next smaller format on their way."""
     return c.recomputed(Arithmetic.one_precision_lower(c.xp), c.work, c.arrays)
 
 
-def truncating_store(c: _Case) -> Any:
+def truncating_store(c: Case) -> Any:
     """Rounds toward zero: whatever the rounded value overshoots is taken back."""
     if next(iter(c.specs.values())).dtype == "float32":
         return None
@@ -150,8 +179,8 @@ def truncating_store(c: _Case) -> Any:
     return tuple(out)
 
 
-def accumulated_in_storage(c: _Case) -> Any:
-    """The accumulator is kept in the storage dtype between trips of 64."""
+def accumulated_in_storage(c: Case) -> Any:
+    """The accumulator is kept in the storage dtype between trips of 16."""
     if c.problem.stem != "matmul" or c.which == "bwd" or c.specs["c"].dtype == "float32":
         return None
     a, b = c.arrays["a"], c.arrays["b"]
@@ -164,17 +193,19 @@ def accumulated_in_storage(c: _Case) -> Any:
     return (acc,)
 
 
-def wrong_dtype(c: _Case) -> Any:
+def wrong_dtype(c: Case) -> Any:
+    """The values are right, the dtype is another."""
     wide = c.xp.float64 if next(iter(c.specs.values())).dtype == "float32" else c.xp.float32
     return (c.xp.astype(c.good[0], wide), *c.good[1:])
 
 
-def wrong_shape(c: _Case) -> Any:
+def wrong_shape(c: Case) -> Any:
+    """The last column is missing from the shape; the values are right."""
     return (c.good[0][..., :-1], *c.good[1:])
 
 
 _NUMERIC = ("norm", "tile", "peak", "bias")
-ANSWERS: Mapping[Callable[[_Case], Any], tuple[str, ...]] = {
+ANSWERS: Mapping[Callable[[Case], Any], tuple[str, ...]] = {
     skipped_tile: ("zeros",),
     dropped_tail: ("zeros",),
     unwritten_tail: ("nonfinite",),
@@ -277,6 +308,21 @@ def _same(xp: Any, a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
+def case_of(
+    problem: Problem,
+    work: Workload,
+    which: str,
+    arrays: Mapping[str, Any],
+    truth: tuple[Any, ...],
+    model: tuple[Any, ...],
+) -> Case:
+    """arrays: what the oracle of that pass reads; truth and model: what it says of them."""
+    specs = (problem.outputs if which == "fwd" else problem.grads)(work)
+    xp = array_api_compat.array_namespace(truth[0])
+    case = Case(xp, problem, work, which, arrays, truth, (), specs)
+    return replace(case, good=case.rounded(model))
+
+
 def answers(problem: Problem, work: Workload, seed: int = 0) -> Iterator[Caught]:
     """Judges every wrong answer, and the right one (fault "none", which must not be caught)."""
     from parity.frameworks import torch as memory
@@ -285,12 +331,9 @@ def answers(problem: Problem, work: Workload, seed: int = 0) -> Iterator[Caught]
     for which in work.passes:
         arrays = {n: x for n, x in drawn.items() if which == "bwd" or n in problem.inputs(work)}
         truth, model = truth_and_model(problem, work, which, arrays)
-        specs = (problem.outputs if which == "fwd" else problem.grads)(work)
-        xp = array_api_compat.array_namespace(truth[0])
-        case = _Case(xp, problem, work, which, arrays, truth, (), specs)
-        case = replace(case, good=case.rounded(model))
+        case = case_of(problem, work, which, arrays, truth, model)
 
-        def verdict(wrong: tuple, case: _Case = case, model: tuple = model) -> tuple[str, str]:
+        def verdict(wrong: tuple, case: Case = case, model: tuple = model) -> tuple[str, str]:
             for (name, spec), y, r, m in zip(
                 case.specs.items(), wrong, case.truth, model, strict=True
             ):
@@ -303,7 +346,7 @@ def answers(problem: Problem, work: Workload, seed: int = 0) -> Iterator[Caught]
         yield Caught(problem.stem, work.name, which, "none", ("",), *verdict(case.good))
         for fault, reasons in ANSWERS.items():
             wrong = fault(case)
-            if wrong is not None and not _same(xp, wrong, case.good):
+            if wrong is not None and not _same(case.xp, wrong, case.good):
                 name = fault.__name__
                 yield Caught(problem.stem, work.name, which, name, reasons, *verdict(wrong))
 

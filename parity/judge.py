@@ -163,6 +163,28 @@ def judge(
     )
 
 
+def wrong_elements(
+    y: Any, r: Any, model: Any, spec: Array, *, family: str, terms: int
+) -> tuple[np.ndarray, float]:
+    """(bool [rows, columns]: which elements are out of line by themselves, the relative error that
+    a tile may have).
+
+    An element is, if it is finite, NaN or zero where the truth is not, or off by more than four
+    times what a tile may be off, measured against itself or its row. Takes NumPy arrays.
+    """
+    stored = _stored(np, r, spec.dtype)
+    finite = np.isfinite(stored)
+    truth = np.where(finite, r, 0.0)
+    norm = math.sqrt(float((truth**2).sum())) or 1.0
+    rounded = _stored(np, model, spec.dtype)
+    off = np.where(finite & np.isfinite(rounded), rounded - r, 0.0)
+    yardstick = math.sqrt(float((off**2).sum())) / norm
+    allowed = max(3 * yardstick + FLOOR, limit(family, spec.dtype, yardstick, terms))
+    row = np.sqrt((truth**2).mean(axis=1, keepdims=True))
+    far = np.abs(np.where(finite, y - r, 0.0)) > 4 * allowed * np.maximum(np.abs(truth), row)
+    return ~_same_kind(np, y, r, stored) | far, allowed
+
+
 def judge_exact(output: str, y: Any, r: Any, spec: Array) -> Verdict:
     """The integer probe: y must equal r, rounded once to the storage dtype, bit for bit."""
     xp = array_api_compat.array_namespace(r)

@@ -15,13 +15,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 120.0  # within which a process that is timed from its first answer has to start
+
+Ask = Callable[["Job", Callable[[str], None]], list[dict]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Job:
     impls: Mapping[str, str]
     seed: int = 0
     alone: bool = False  # in a fresh process: the memory pools of two frameworks leave no room
+    sizes: Mapping[str, int] = field(default_factory=dict)  # instead of the workload's
+    without: tuple[str, ...] = ()  # options and optional inputs to leave out
 
     @property
     def name(self) -> str:
@@ -123,6 +128,21 @@ def run(
             sink.close()
 
 
+@contextlib.contextmanager
+def one(mode: str, timeout: float | None, log: Path | None = None) -> Iterator[Ask]:
+    """A single child process that is asked job by job: ask(job, tell) -> rows.
+
+    It is started again after a job that ended it. The timeout is that of one pass, and runs from
+    the process's first sign of life.
+    """
+    with open(log, "ab") if log else contextlib.nullcontext() as sink:
+        worker = _Worker(mode, timeout, give_up=False, sink=sink, start=START_SECONDS)
+        try:
+            yield worker.check
+        finally:
+            worker.stop()
+
+
 class Broken(RuntimeError):
     """A worker cannot even start: the machine is at fault and no kernel."""
 
@@ -131,9 +151,15 @@ class _Worker:
     """One child process, started when it is first needed and again after it died."""
 
     def __init__(
-        self, mode: str, timeout: float | None, give_up: bool, sink: BufferedWriter | None
+        self,
+        mode: str,
+        timeout: float | None,
+        give_up: bool,
+        sink: BufferedWriter | None,
+        start: float = 0.0,  # seconds to start in, which the timeout does not count
     ) -> None:
         self.mode, self.timeout, self.give_up, self.sink = mode, timeout, give_up, sink
+        self.start = start
         self.process: subprocess.Popen | None = None
         self.stopped, self.lock = False, threading.Lock()
 
@@ -174,16 +200,23 @@ class _Worker:
             out_of_time.set()
             _kill(process)
 
-        timer = threading.Timer(self.timeout, expire) if self.timeout else None
-        if timer:
+        def timed(limit: float) -> threading.Timer:
+            timer = threading.Timer(limit, expire)
             timer.daemon = True
             timer.start()
+            return timer
+
+        timer = timed(self.timeout + self.start) if self.timeout else None
+        started = not self.start
         step = f"{job.name}: starting"
         try:
             tell(step)
             _say(process.stdin, asdict(job))
             while line := process.stdout.readline():
                 message = json.loads(line)
+                if timer and self.timeout and not started:
+                    timer.cancel()
+                    timer, started = timed(self.timeout), True
                 if "broken" in message:
                     raise Broken(message["broken"])
                 if "rows" in message:
@@ -274,6 +307,7 @@ def _verdicts(job: Job, reason: str, detail: str, seconds: float = 0.0) -> list[
             "verdicts": [],
             "seconds": seconds,
             "ulp": None,
+            "diagnosis": None,
         }
         for which in job.passes
         for impl in job.impls
@@ -304,6 +338,7 @@ def serve(mode: str) -> None:
         from parity import frameworks
         from parity.check import check
         from parity.problems import problem
+        from parity.shrink import resized
 
         frameworks.interpreters() if mode == "cpu" else frameworks.gpu()
     except Exception as e:
@@ -316,7 +351,7 @@ def serve(mode: str) -> None:
             stem = problem(job.problem)
             checks = check(
                 stem,
-                stem.workload(job.workload),
+                resized(stem, stem.workload(job.workload), job.sizes, job.without),
                 impls=job.impls,
                 passes=job.passes,
                 seed=job.seed,

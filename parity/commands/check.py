@@ -4,21 +4,25 @@ import contextlib
 import os
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity import new
+from parity.commands import failing
 from parity.commands.shared import (
     ENVIRONMENT,
     FAILED,
     PASS,
     TWINS,
+    USAGE,
     Pair,
     Stop,
     broken_is_environment,
     console_of,
     implementations,
     mode_of,
+    nearest,
     print_json,
     problems_of,
     progress,
@@ -43,6 +47,8 @@ def run(args: Namespace) -> int:
     impls = implementations(args)
     mode = mode_of(args.device)
     selection = selected(args, ("ci",) if mode == "cpu" else ("ci", "model"))
+    _check_sizes(selection, args)
+    timeout = args.timeout or (120.0 if impls else 300.0 if mode == "cpu" else 600.0)
     began = time.perf_counter()
     rows, skipped = judged(
         selection,
@@ -50,24 +56,59 @@ def run(args: Namespace) -> int:
         twins=(args.twin,) if args.twin else TWINS,
         impls=impls,
         seed=args.seed,
-        timeout=args.timeout or (120.0 if impls else 300.0 if mode == "cpu" else 600.0),
+        timeout=timeout,
         workers=args.jobs,
+        passes=(args.which,) if args.which else None,
+        sizes=args.sizes or {},
+        without=args.without or (),
     )
     if mode == "cpu" and not args.workload:  # what the default leaves out is said, not hidden
         everything = [(p, w) for p in problems_of(args.stems) for w in p.workloads]
         skipped += [skipped_row(p, w) for p, w in everything if "ci" not in w.tags]
     ok = all(row["ok"] for row in rows)
-    if args.json:
-        print_json(
-            {"ok": ok, "device": mode, "seed": args.seed, "checks": rows, "not_run": skipped}
-        )
-    else:
+    if not args.json:
         show_checks(rows, skipped, mode, time.perf_counter() - began)
+    smallest = []
+    if not ok and args.shrink:
+        with broken_is_environment():
+            smallest = failing.shrunk(
+                rows, selection, args, mode=mode, impls=impls, timeout=timeout, log=_log()
+            )
+    if args.json:
+        said = {"ok": ok, "device": mode, "seed": args.seed, "checks": rows, "not_run": skipped}
+        print_json(said | {"smallest": smallest})
+    elif not ok:
+        failing.show(console_of(), rows, smallest)
     if not args.json and impls is None:
         for stem in dict.fromkeys(row["problem"] for row in rows):
             if step := new.next_step(stem):
                 console_of().print(f"\n{step}", markup=False)
     return PASS if ok else FAILED
+
+
+def _log() -> Path:
+    """Where what the workers and their kernels print goes."""
+    from parity import report
+
+    return report.LOCAL / "workers.log"
+
+
+def _check_sizes(selection: Sequence[Pair], args: Namespace) -> None:
+    """Stops where a workload has not the sizes, or none of them the options, that are asked for."""
+    from parity import shrink
+
+    for p, w in selection:
+        for letter in args.sizes or ():
+            if letter not in w.sizes:
+                raise Stop(USAGE, f"{p.stem} has no size {letter!r}{nearest(letter, [*w.sizes])}")
+        try:
+            shrink.resized(p, w, args.sizes or {})
+        except ValueError as e:
+            raise Stop(USAGE, f"{p.stem} cannot have these sizes: {e}") from None
+    known = list(dict.fromkeys(name for p, w in selection for name in shrink.optional(p, w)))
+    for name in args.without or ():
+        if name not in known:
+            raise Stop(USAGE, f"nothing to leave out is called {name!r}{nearest(name, known)}")
 
 
 def judged(
@@ -79,9 +120,12 @@ def judged(
     seed: int = 0,
     timeout: float | None = None,
     workers: int | None = None,
+    passes: tuple[str, ...] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Runs the checks in child processes: (rows in order, what was not run and why)."""
-    from parity import report
+    from parity import report, shrink
     from parity import workers as crew
 
     able = runnable(tuple(impls or twins), mode)
@@ -98,11 +142,17 @@ def judged(
         ]
         targets = {twin: target for twin, target in targets.items() if not able[twin]}
         alone = "huge" in w.tags
-        jobs.append(crew.Job(p.stem, w.name, w.passes, w.dtype, targets, seed, alone))
+        left_out = tuple(name for name in without if name in shrink.optional(p, w))
+        which = tuple(x for x in passes or w.passes if x in w.passes)
+        jobs.append(
+            crew.Job(
+                p.stem, w.name, which, w.dtype, targets, seed, alone, dict(sizes or {}), left_out
+            )
+        )
     if not jobs and selection:
         raise Stop(ENVIRONMENT, f"none of the workloads runs here: {skipped[0]['why']}")
 
-    log = report.LOCAL / "workers.log"
+    log = _log()
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     answers: dict[str, tuple[dict, ...]] = {}
@@ -123,7 +173,7 @@ def judged(
                     tell(event.phrase)
                     continue
                 answers[event.job.name] = event.rows
-                if impls is None:
+                if impls is None and not sizes and not without:
                     report.keep_checks(event.rows, mode, event.job.impls)
                 bad = next((row["reason"] for row in event.rows if not row["ok"]), "")
                 tell(f"{event.job.name}: {bad or 'ok'}", len(answers))

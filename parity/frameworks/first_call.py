@@ -28,7 +28,7 @@ def first_call(
     call = twin.thunk(anew, args, options)
     chosen: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        undo = [_watch_configs(module, chosen)]
+        undo = [watch_configs(module, chosen)]
         if twin.TWIN == "triton":
             undo.append(_empty_triton_caches(module, folder))
         start = time.perf_counter()
@@ -43,7 +43,8 @@ def first_call(
     return call, seconds, distinct[0] if len(distinct) == 1 else several
 
 
-def _watch_configs(module: ModuleType, chosen: list[dict[str, Any]]) -> Callable[[], None]:
+def watch_configs(module: ModuleType, chosen: list[dict[str, Any]]) -> Callable[[], None]:
+    """Collects the fields of each Config that default_config gives; returns the undo."""
     ladder = getattr(module, "default_config", None)
     if ladder is None:
         return lambda: None

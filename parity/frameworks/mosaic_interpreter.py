@@ -24,6 +24,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -173,7 +174,7 @@ def watched() -> Iterator[None]:
     try:
         yield
         if found := races():
-            raise DataRace("\n".join(found))
+            raise DataRace("\n".join(map(_in_words, found)))
     except BaseException:
         _jax().calls.reset_gpu_interpret_mode_state()
         raise
@@ -204,6 +205,30 @@ def races() -> list[str]:
     """The races shown since `interpreting` or `watched` was entered, in words."""
     jax.effects_barrier()
     return list(_messages)
+
+
+_ACCESS = re.compile(
+    r"(read|write) of (.*?)\[(.*)\] from (\w*\(.*?\)|.*?), (\S+?:\d+)[: ]", re.MULTILINE
+)
+
+
+def _in_words(race: str) -> str:
+    """A race in one line: which warpgroup touches what, and on which line of which file."""
+    accesses = _ACCESS.findall(race)
+    if len(accesses) != 2:
+        return race
+    spaces = _jax().spaces.MemorySpace
+    names = {str(_jax().memory.get_memory_space_idx(s)): s.name for s in (spaces.SMEM, spaces.GMEM)}
+    words = []
+    for verb, buffer, where, thread, line in accesses:
+        ids = dict(re.findall(r"(\w+)=(\w+)", thread))
+        who = f"warpgroup {ids['warpgroup_id']}" if "warpgroup_id" in ids else thread
+        who += f" of block {ids['block_id']}" if "block_id" in ids else ""
+        space = dict(re.findall(r"(\w+)=(\w+)", buffer)).get("memory_space_id", "")
+        box = re.sub(r"slice\((\d+), (\d+), 1\)", r"\1:\2", where).strip("()").rstrip(",")
+        line = line.rpartition("/")[2]
+        words.append(f"{who} {verb}s {names.get(space, 'memory')}[{box}] ({line})")
+    return f"RACE: {words[0]}, {words[1]}, and nothing orders the two"
 
 
 # Equations the stock interpreter does not know. Each takes (interpreter, equation, token, values)

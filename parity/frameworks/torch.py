@@ -197,7 +197,7 @@ def witness(
     """
     from parity.frameworks import triton_interpreter
 
-    with triton_interpreter.count_launches() as launched, _Operations() as operations:
+    with triton_interpreter.launches() as launched, _Operations() as operations:
         fn(*args, **options)
     synchronize()
     allowed = _STRUCTURE | set(glue)
@@ -206,7 +206,7 @@ def witness(
     if not launched:
         wrong.append("no Triton kernel was launched")
     elif share and device() == "cuda":
-        wrong += share_of_ours(lambda: fn(*args, **options), launched)
+        wrong += share_of_ours(lambda: fn(*args, **options), [launch.kernel for launch in launched])
     return wrong
 
 

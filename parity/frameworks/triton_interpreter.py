@@ -8,8 +8,9 @@ the tests assert that each is still wrong, so that a fix upstream shows and a ru
 # pyright: reportArgumentType=false
 
 import contextlib
+import inspect
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -26,33 +27,30 @@ class Probe(NamedTuple):
     detail: str
 
 
+class Launch(NamedTuple):
+    kernel: str
+    arguments: dict[str, Any]  # by parameter name, without num_warps and the like
+
+
 @contextlib.contextmanager
-def count_launches() -> Iterator[list[str]]:
-    """The names of the Triton kernels launched inside the block, interpreted or compiled."""
-    names: list[str] = []
-    if frameworks.interpreted():
-        from triton.runtime.interpreter import GridExecutor
-
-        call = GridExecutor.__call__
-
-        def counted(self: GridExecutor, *args, **kwargs):
-            names.append(getattr(self.fn, "__name__", str(self.fn)))
-            return call(self, *args, **kwargs)
-
-        with mock.patch.object(GridExecutor, "__call__", counted):
-            yield names
-        return
-
+def launches() -> Iterator[list[Launch]]:
+    """The Triton kernels launched inside the block, interpreted or compiled."""
+    from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
-    launch = JITFunction.run
+    seen: list[Launch] = []
+    owner, method = (GridExecutor, "__call__") if frameworks.interpreted() else (JITFunction, "run")
+    launch = getattr(owner, method)
 
-    def counted_run(self: JITFunction, *args, **kwargs):
-        names.append(self.fn.__name__)
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters = inspect.signature(self.fn).parameters
+        named = {k: v for k, v in kwargs.items() if k in parameters}
+        given = dict(zip(parameters, args, strict=False)) | named
+        seen.append(Launch(getattr(self.fn, "__name__", str(self.fn)), given))
         return launch(self, *args, **kwargs)
 
-    with mock.patch.object(JITFunction, "run", counted_run):
-        yield names
+    with mock.patch.object(owner, method, recorded):
+        yield seen
 
 
 @triton.jit
