@@ -241,8 +241,9 @@ def test_names_are_put_in_their_place(trailing: str):
     found = ast.literal_eval(source.partition("=")[2].strip())
     assert found == ["aa", *names[:3], "int16_matmul", *names[3:], "zz"]
     assert ("# wide" in source) is bool(trailing)
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--select", "RUF022", "--no-cache", "-"],
-        input=source, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    for stem in ("linear_cross_entropy", "hybrid_attention"):  # one line holds them no longer
+        source = new._with_export(source, stem)
+    for how in (("check", "--select", "RUF022"), ("format", "--check", "--line-length", "100")):
+        ruff = [sys.executable, "-m", "ruff", *how, "--no-cache", "-"]
+        done = subprocess.run(ruff, input=source, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, source + done.stdout

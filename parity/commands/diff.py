@@ -62,7 +62,10 @@ def sides(first: str | None, second: str | None) -> tuple[Run, Run]:
 def side(word: str) -> Run:
     path = Path(word)
     if path.exists():
-        return diff.from_path(path)
+        try:
+            return diff.from_path(path)
+        except OSError as e:
+            raise Stop(USAGE, f"{word} cannot be read: {e.strerror}") from None
     if found := diff.from_revision(word):
         return found
     beside = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
@@ -80,15 +83,15 @@ def nothing_told(old: Run, new: Run, counts: dict[str, int]) -> str:
 def show(old: Run, new: Run, found: list[Change], *, everything: bool) -> None:
     console = console_of()
     told = [change for change in found if change.verdict in diff.TOLD]
+    both = f" ({', '.join(dict.fromkeys(c.device for c in told))}): {old.name}, then {new.name}."
     for who, some in (
         ("", [change for change in told if not change.peer]),
         ("Of the peers, whose code is not ours: ", [change for change in told if change.peer]),
     ):
         if some:
             said = ", ".join(f"{n} {word.lower()}" for word, n in diff.counts(some).items())
-            devices = ", ".join(dict.fromkeys(change.device for change in some))
-            where = "." if who else f" ({devices}): {old.name}, then {new.name}."
-            console.print(f"{who}{said} of {len(some)} results{where}", markup=False)
+            console.print(f"{who}{said} of {len(some)} results{both}", markup=False)
+            both = "."  # which runs, said once
     if moved := diff.versions(old, new):
         console.print(f"What else changed: {', '.join(moved)}.", markup=False)
     alone = diff.counts(change for change in found if change.verdict not in diff.TOLD)
