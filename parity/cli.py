@@ -1,4 +1,4 @@
-"""The command line: `parity list|check|faults|compile|tune|bench|report|diff|doctor|all`.
+"""The command line: `parity list|check|faults|compile|tune|bench|report|diff|new|doctor|all`.
 
 Exit codes: 0 all is well, 1 a check failed (or a gate, or a comparison), 2 the command was not
 understood, 3 this machine cannot do it, 130 interrupted. Every command says what its numbers mean
