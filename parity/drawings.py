@@ -100,10 +100,12 @@ class _Sheet:
         self.axes.spines["bottom"].set_color(_INK["line"])
 
     def words(self, x: float, y: float, text: str, **how: Any) -> "matplotlib.artist.Artist":
+        """Text at a place, its middle on y; matplotlib's own settings may follow."""
         how = {"size": _TEXT, "color": _INK["ink"], "va": "center"} | how
         return self.axes.text(x, y, text.replace("$", r"\$"), **how)
 
     def mark(self, x: float, y: float, twin: str, tip: str, *, hollow: bool, size: float) -> None:
+        """One point in the shape and colour of a twin or peer."""
         (mark,) = self.axes.plot(
             [x], [y], marker=MARKER.get(twin, "s"), markersize=size, clip_on=False, zorder=3,
             color=_INK["paper" if hollow else _role(twin)], markeredgecolor=_INK[_role(twin)],
@@ -116,6 +118,7 @@ class _Sheet:
         self._tips.append(text)
 
     def picture(self, title: str, words: str) -> Picture:
+        """The sheet as drawn so far, stripped of what a page does not need."""
         from matplotlib import rc_context
 
         out = io.StringIO()
@@ -124,7 +127,7 @@ class _Sheet:
         svg = out.getvalue()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.S)
-        for colour, name in ((_INK[name], name) for name in PALETTE):
+        for name, colour in _INK.items():
             svg = svg.replace(colour, f"var(--{name})")
         svg = re.sub(r"font: (?:(\d+) )?([\d.]+px) [^;\"]*", _font, svg)
         box = re.search(r'viewBox="[^"]*"', svg)
@@ -280,7 +283,7 @@ def roofline(lines: Sequence[Line], name: str, title: str) -> Picture | None:
     sheet = _Sheet(name, 190, left=36, right=10, top=8, bottom=32)
     axes = sheet.axes
     x = min(*intensity, ridge) / 3, max(*intensity, ridge) * 3
-    y = min(reached) / 2, peak.p50 * 2.5
+    y = min(reached) / 2, peak.p50 * 1.9
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(*x)
