@@ -83,7 +83,10 @@ def test_a_missing_barrier_is_a_race(wait):
 
 
 def test_watched_turns_a_race_into_an_error():
-    with pytest.raises(frameworks.DataRace, match="RACE"):
+    who = (
+        r"RACE: warpgroup \d of block 0 (read|write)s SMEM\[.*\(test_mosaic_interpreter.py:\d+\), "
+    )
+    with pytest.raises(frameworks.DataRace, match=who + r"warpgroup \d .* nothing orders the two"):
         with mosaic_interpreter.watched(), mosaic_interpreter.interpreting(detect_races=True):
             _run(_handover(False), jnp.zeros(128))
 

@@ -7,6 +7,7 @@ or hangs costs that candidate.
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ MOST = 3  # failures that are shrunk: whoever mends these runs the check again
 HANGS_AFTER = 10.0  # seconds without an answer of a process that is up; smaller cases take less
 HANG_SECONDS = 120.0  # for the whole search among candidates that may hang
 # What a failure is called whose reason is no word of everyday language
-MEANING = {
+MEANING: Mapping[str, str] = {
     "zeros": "zero where it must not be, or not zero where it must",
     "nonfinite": "NaN or infinite where the truth is not",
     "norm": "the error is too large",
@@ -177,24 +178,18 @@ def show(
     rows: Sequence[Mapping[str, Any]],
     stories: Sequence[Mapping[str, Any]],
 ) -> None:
-    for story in stories:
-        place = ("problem", "which", "impl")
-        row = next(
-            row
-            for row in rows
-            if all(row[k] == story[k] for k in place)
-            and row["workload"].split()[0] == story["workload"]
-        )
-        _show(console, story, row)
-    left = len(chosen(rows)) - len(stories)
-    if stories and left > 0:
-        console.print(f"\n{left} more kinds of failure: mend these first.")
+    """Each kind of failure with what is known of it; without stories nothing was shrunk."""
+    failures = chosen(rows)
+    for row, story in zip_longest(failures[:MOST], stories):
+        _show(console, row, story)
+    if len(failures) > MOST:
+        console.print(f"\n{len(failures) - MOST} more kinds of failure: mend these first.")
 
 
 def _show(
-    console: "rich.console.Console", story: Mapping[str, Any], row: Mapping[str, Any]
+    console: "rich.console.Console", row: Mapping[str, Any], story: Mapping[str, Any] | None
 ) -> None:
-    """One failure: the smallest case, then what is wrong in the workload it was found in."""
+    """The smallest case first, then what is wrong in the workload that failed."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -203,21 +198,22 @@ def _show(
     def line(label: str, text: str) -> None:
         said.add_row(f"  {label}", escape(text))
 
-    meaning = str(MEANING.get(story["reason"], story["reason"]))
-    who = f"{story['problem']} {story['which']}, {story['impl']}"
+    meaning = MEANING.get(row["reason"], row["reason"])
+    who = f"{row['problem']} {row['which']}, {row['impl']}"
     console.print(f"\n[bold red]{escape(who)}[/]: {escape(meaning)}")
     whole = row.get("diagnosis") or {}
-    least = story["check"].get("diagnosis") or {}
+    least = story["check"].get("diagnosis") or {} if story else {}
     like = next((d for d in (whole, least) if d.get("looks_like") or d.get("because")), {})
     if like:
         name = (like["looks_like"] or "").replace("_", " ")
         there = "" if like is whole else " (in the smallest case)"
         line("looks like", ": ".join(filter(None, (name, like["because"]))) + there)
-    line("smallest", _smallest(story))
-    detail = story["check"]["detail"]
-    if first := least.get("first_wrong"):
-        line("first wrong", _element(least, first))
-    elif detail:
+    if story:
+        line("smallest", _smallest(story))
+    nearest = least if story else whole
+    if first := nearest.get("first_wrong"):
+        line("first wrong", _element(nearest, first))
+    elif detail := (story["check"] if story else row)["detail"]:
         line("there", detail)
     if whole.get("where"):
         count = f" ({whole['wrong']} of {whole['elements']})"
@@ -225,7 +221,8 @@ def _show(
     console.print(said)
     if whole.get("map"):
         _show_map(console, row["workload"], whole)
-    console.print(f"  [bold]{escape(story['replay'])}[/]", soft_wrap=True)
+    if story:
+        console.print(f"  [bold]{escape(story['replay'])}[/]", soft_wrap=True)
 
 
 def _smallest(story: Mapping[str, Any]) -> str:
@@ -233,7 +230,8 @@ def _smallest(story: Mapping[str, Any]) -> str:
     if story["dropped"]:
         sizes += f" without {', '.join(story['dropped'])}"
     before = ", ".join(f"{k}={n}" for k, n in story["from"].items())
-    spent = f"{story['tries']} tries, {story['seconds']:.0f} s"
+    tries = "1 try" if story["tries"] == 1 else f"{story['tries']} tries"
+    spent = f"{tries}, {story['seconds']:.0f} s"
     if not story["again"]:
         return f"unknown: {before} did not fail when it ran again, alone ({spent})"
     rest = "" if story["complete"] else "; out of time, smaller ones may fail too"
