@@ -170,6 +170,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub.add_argument("--twin", choices=TWINS, help="only this one")
     sub.add_argument("--impl", metavar="FILE.py:function", help="your kernel in place of a twin")
     sub.add_argument("--as", dest="impl_as", choices=TWINS, help="its language")
+    sub.add_argument(
+        "--sass", action="store_true", help="the main loops in machine code, annotated"
+    )
+    sub.add_argument("--ncu", action="store_true", help="hardware counters too, on a GPU with ncu")
+    sub.add_argument("--recorded", action="store_true", help="measure nothing, even on a GPU")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="append what was measured now")
+    for side in ("--before", "--after"):
+        text = "FILE.jsonl:LINE, or FILE.jsonl and -w, --pass, --twin: from one row to another"
+        sub.add_argument(side, metavar="ROW", help=text)
 
     sub = command("tune", "search for faster Configs; prunes without a GPU, measures on a Hopper")
     choosing(sub, "model, without huge", impl=False)

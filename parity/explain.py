@@ -265,6 +265,7 @@ class Explanation:
     sides: tuple[Side, ...]
     ceilings: timing.Ceilings | None = None
     ceilings_source: str = ""
+    counted: tuple[Sentence, ...] = ()  # what hardware counters say
 
     @property
     def compute_bound(self) -> bool:
@@ -278,7 +279,7 @@ class Explanation:
 
     @cached_property
     def sentences(self) -> list[Sentence]:
-        return [s for rule in RULES for s in rule(self)]
+        return [*(s for rule in RULES for s in rule(self)), *self.counted]
 
     def accounts(self, side: Side) -> list[Part]:
         """Where a side's measured time went, as far as that can be told; the last part is what
@@ -372,6 +373,7 @@ def explanation(
     listing: Callable[[CompileRow], str],
     foreign: Sequence[str] = (),
     why_not: Mapping[str, str] | None = None,
+    counted: Sequence[Sentence] = (),
 ) -> Explanation:
     """Puts the facts of one pass together.
 
@@ -380,6 +382,7 @@ def explanation(
     listing: gives the text that a row's listing names.
     foreign: twins in whose place somebody's own kernel stands: the problem's plan is not theirs.
     why_not: twin -> why it has no rows.
+    counted: sentences from hardware counters.
     """
     sides = []
     twins: list[str] = [*(why_not or {}), *(row.twin for row in rows)]
@@ -397,7 +400,7 @@ def explanation(
         sides.append(Side(twin, tuple(kernels), measured.get(twin), why))
     ceilings, source = ceilings_for(problem, measured)
     cost = problem.cost(work, which)
-    return Explanation(problem, work, which, cost, tuple(sides), ceilings, source)
+    return Explanation(problem, work, which, cost, tuple(sides), ceilings, source, tuple(counted))
 
 
 # The rules. Each looks at the facts and says nothing unless its condition holds.

@@ -77,8 +77,8 @@ _KINDS = [
         ("compare", r"FMNMX|FSEL|FSETP|FSET|HMNMX2"),
         ("special", r"MUFU"),
         ("convert", r"F2FP|F2F\b|I2F|F2I|I2FP|FRND|HADD2\.F32"),
-        ("shuffle", r"SHFL|VOTE|REDUX|MATCH"),
-        ("branch", r"BRA|BRX|JMP|EXIT|RET|CALL|BSSY|BSYNC|BREAK|WARPGROUP|ELECT|NOP|PREEXIT"),
+        ("shuffle", r"SHFL|REDUX|MATCH"),
+        ("branch", r"BRA|BRX|JMP|EXIT|RET|CALL|BSSY|BSYNC|BREAK|WARPGROUP|NOP|PREEXIT"),
     )
 ]
 KINDS = (*(kind for kind, _ in _KINDS), "other")
@@ -237,6 +237,61 @@ def shape_of(product: Instruction) -> str:
     return " ".join([parts[1], *kinds[:1]])
 
 
+def straight(code: Code) -> Loop:
+    """All of a kernel that has no loop, as if it were one of a single trip."""
+    everything = code.instructions
+    return Loop((), everything, frozenset(i.address for i in everything), 0, True)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of an annotated loop: one instruction, or what was left out between two."""
+
+    role: str  # "load", "multiply", "wait", "store", "compute", "spill" or ""
+    text: str
+    sometimes: bool = False  # not on every trip
+
+
+def annotated(loop: Loop) -> list[Line]:
+    """What a loop loads, stores, waits for and multiplies on tensor cores, one by one; arithmetic
+    between, addresses, and what does not run on every trip are counted."""
+    lines: list[Line] = []
+    between: list[Instruction] = []
+    for i in loop.instructions:
+        always = i.address in loop.every_trip
+        if always and _stands_alone(i):
+            lines += _counted(between, loop)
+            between = []
+            lines.append(Line(ROLES[i.kind][0], str(i)))
+        else:
+            if between and always != (between[0].address in loop.every_trip):
+                lines += _counted(between, loop)
+                between = []
+            between.append(i)
+    return lines + _counted(between, loop)
+
+
+def _stands_alone(i: Instruction) -> bool:
+    return ROLES[i.kind][0] in ("load", "store", "wait", "spill") or i.kind in ("wgmma", "mma.sync")
+
+
+def _counted(run: Sequence[Instruction], loop: Loop) -> list[Line]:
+    """One line for a run of instructions: arithmetic by opcode, then how many more."""
+    if not run:
+        return []
+    sometimes = run[0].address not in loop.every_trip
+    told = [i for i in run if ROLES[i.kind][0]]
+    names = [i.kind if sometimes or i.kind in ("convert", "shuffle") else i.name for i in told]
+    text = ", ".join(f"{n} {name}" for name, n in Counter(names).most_common(6))
+    rest = len(run) - len(told)
+    if rest:
+        few = ", ".join(n for n, _ in Counter(i.name for i in run if i not in told).most_common(3))
+        text = f"{text}{', ' if text else ''}{rest} more ({few})"
+    roles = {ROLES[i.kind][0] for i in told}
+    role = next((r for r in ("multiply", "compute") if r in roles), "") if not sometimes else ""
+    return [Line(role, f"... {text}", sometimes)]
+
+
 def registers_written(i: Instruction) -> Iterator[str]:
     """The registers of a load's destination: "R4" to "R7" for one of 128 bits."""
     first = re.match(r"R(\d+)", i.operands)
@@ -250,8 +305,7 @@ def registers_read(i: Instruction) -> Iterator[str]:
     branch or the like all of them."""
     rest = i.operands.partition(",")[2]
     stores = i.kind in ("global store", "shared store", "stmatrix", "local memory", "barrier")
-    for register in re.findall(r"(?<![\w.])R\d+", i.operands if stores else rest):
-        yield register
+    yield from re.findall(r"(?<![\w.])R\d+", i.operands if stores else rest)
 
 
 def accumulator(product: Instruction) -> tuple[int, int] | None:

@@ -1,10 +1,15 @@
 """`parity explain`: why the twins are as fast as they are, and what sets them apart."""
 
+import dataclasses
+import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.commands.shared import (
+    ENVIRONMENT,
     FAILED,
     PASS,
     TWINS,
@@ -23,35 +28,61 @@ if TYPE_CHECKING:
     import rich.console
     import rich.table
 
-    from parity.explain import Explanation, Kernel, Measured, Side
+    from parity.explain import Explanation, Kernel, Measured, Sentence, Side
     from parity.spec import Problem, Workload
+
+ROUNDS = 4  # of the ruler, where explain measures by itself
 
 
 def run(args: Namespace) -> int:
+    if args.before or args.after:
+        return compare(args)
     problem, work = chosen(args)
     passes = [args.which] if args.which else list(work.passes)
     impls = implementations(args)
-    twins = (args.twin,) if args.twin else TWINS
+    twins = (args.twin,) if args.twin and not impls else TWINS
+    if args.sass and not args.which:
+        passes = passes[:1]
     from parity import explain
 
+    here = gpu_is_here()
+    if args.ncu and not here:
+        raise Stop(ENVIRONMENT, "--ncu reads hardware counters, and here is no Hopper GPU")
+    if args.out and not here:
+        raise Stop(ENVIRONMENT, "--out keeps what is measured now, and here is no Hopper GPU")
     rows, missing = compiled(problem, work, passes, twins, impls)
-    measured = known(args, problem, work, passes, impls or {})
-    found = [
-        explain.explanation(
-            problem,
-            work,
-            which,
-            rows,
-            measured[which],
-            listing=listing_of,
-            foreign=tuple(impls or ()),
-            why_not=missing,
+    fresh = here and not args.recorded and not args.sass
+    measured = (
+        measure(problem, work, passes, twins, impls, rows)
+        if fresh
+        else known(problem, work, passes, twins, impls or {})
+    )
+    targets = {twin: (impls or {}).get(twin, problem.implementations[twin]) for twin in twins}
+    found = []
+    for which in passes:
+        counted = count(problem, work, which, targets, measured[which]) if args.ncu else []
+        found.append(
+            explain.explanation(
+                problem,
+                work,
+                which,
+                rows,
+                measured[which],
+                listing=listing_of,
+                foreign=tuple(impls or ()),
+                why_not=missing,
+                counted=counted,
+            )
         )
-        for which in passes
-    ]
+    if args.out:
+        keep(args.out, measured)
     broken = any(row.fails for row in rows)
     if args.json:
-        print_json({"ok": not broken, "explanations": [explain.as_json(e) for e in found]})
+        told = [explain.as_json(e) | (loops_json(e) if args.sass else {}) for e in found]
+        print_json({"ok": not broken, "explanations": told})
+    elif args.sass:
+        for e in found:
+            show_loops(e, console_of())
     else:
         console = console_of()
         console.print(heading(problem, work, found), markup=False)
@@ -119,21 +150,188 @@ def listing_of(row: Any) -> str:
 
 
 def known(
-    args: Namespace,
     problem: "Problem",
     work: "Workload",
     passes: Sequence[str],
+    twins: Sequence[str],
     impls: Mapping[str, str],
 ) -> dict[str, dict[str, "Measured"]]:
     """pass -> twin -> its measured row, of the committed records; nobody recorded an --impl."""
     from parity import explain
 
-    found = {which: explain.recorded(problem, work, which) for which in passes}
-    for rows in found.values():
-        for twin in list(rows):
-            if twin in impls or (args.twin and twin != args.twin):
-                del rows[twin]
+    found = {}
+    for which in passes:
+        rows = explain.recorded(problem, work, which)
+        found[which] = {t: row for t, row in rows.items() if t in twins and t not in impls}
     return found
+
+
+def gpu_is_here() -> bool:
+    from parity import doctor
+
+    return bool(doctor.machine().hopper)
+
+
+def measure(
+    problem: "Problem",
+    work: "Workload",
+    passes: Sequence[str],
+    twins: Sequence[str],
+    impls: Mapping[str, str] | None,
+    compiled_rows: Sequence[Any],
+) -> dict[str, dict[str, "Measured"]]:
+    """As `known`, measured now: the ruler's samples, fewer rounds, no peers."""
+    from parity import explain, sass
+    from parity.commands.bench import timed
+
+    targets = {twin: (impls or {}).get(twin, problem.implementations[twin]) for twin in twins}
+    only = dataclasses.replace(work, passes=tuple(passes))
+    with tempfile.TemporaryDirectory() as folder:
+        rows, _ = timed(
+            [(problem, only)], impls=targets, out=Path(folder, "rows"), rounds=ROUNDS, peers=False
+        )
+    found: dict[str, dict[str, Measured]] = {which: {} for which in passes}
+    for row in rows:
+        if row["us"] is None:
+            note = row.get("note") or row["check"]
+            print(f"parity: {row['impl']} {row['pass']} was not timed: {note}", file=sys.stderr)
+            continue
+        ours = [r for r in compiled_rows if (r.twin, r.which) == (row["impl"], row["pass"])]
+        for launch in row["launches"]:  # what the compile gate knows of each
+            kernel = next((r for r in ours if r.kernel in launch["name"]), None)
+            if kernel is not None:
+                ours.remove(kernel)
+                launch["instructions"] = sass.parse(listing_of(kernel)).counts
+        source = f"measured now, {row['samples']} samples"
+        found[row["pass"]][row["impl"]] = explain.Measured(row, source)
+    return found
+
+
+def count(
+    problem: "Problem",
+    work: "Workload",
+    which: str,
+    targets: Mapping[str, str],
+    measured: Mapping[str, "Measured"],
+) -> list["Sentence"]:
+    """Sentences from hardware counters; each launch of a measured row gains its bytes."""
+    from parity import ncu
+    from parity.explain import Sentence
+
+    told = []
+    least = problem.cost(work, which).bytes
+    for twin, target in targets.items():
+        try:
+            kernels = ncu.counters(target, problem.stem, work.name, which, twin)
+        except ncu.NoCounters as e:
+            told.append(Sentence("counters", twin, f"No counters of {twin}: {e}."))
+            continue
+        launches = measured[twin].row.get("launches", []) if twin in measured else []
+        for n, kernel in enumerate(kernels):
+            if len(launches) == len(kernels) and "dram_read_bytes" in kernel:
+                moved = kernel["dram_read_bytes"] + kernel.get("dram_write_bytes", 0)
+                launches[n]["dram_bytes"] = moved
+            said = "; ".join(ncu.sentences(kernel, least))
+            text = f"{twin}'s {kernel['name']}, counted by ncu: {said}."
+            told.append(Sentence("counters", twin, text, numbers=kernel))
+    return told
+
+
+def keep(path: Path, measured: Mapping[str, Mapping[str, "Measured"]]) -> None:
+    from parity import record
+
+    for of_pass in measured.values():
+        for m in of_pass.values():
+            record.append(path, dict(m.row))
+
+
+# From one row to another.
+
+
+def compare(args: Namespace) -> int:
+    from parity import waterfall
+
+    if not (args.before and args.after):
+        raise Stop(USAGE, "--before ROW goes with --after ROW")
+    before, after = (row_of(word, args) for word in (args.before, args.after))
+    try:
+        found = waterfall.waterfall(before, after)
+    except ValueError as e:
+        raise Stop(USAGE, str(e)) from None
+    if args.json:
+        print_json({"ok": True} | dataclasses.asdict(found))
+        return PASS
+    console = console_of()
+    name = f"{after['problem']} {after['workload']} {after['pass']} {after['impl']}"
+    apart = found.after - found.before
+    console.print(
+        f"{name}: {found.before:.1f} -> {found.after:.1f} us, {abs(apart):.1f} us "
+        f"{found.verdict} ({apart / found.before:+.1%}).",
+        markup=False,
+    )
+    console.print(step_table(found, console.width))
+    for title, lines in (
+        ("Changed too, without a time of its own", found.changed),
+        ("Not in these rows", found.missing),
+    ):
+        if lines:
+            console.print(f"{title}:")
+            for line in lines:
+                console.print(f"* {line}", markup=False)
+    return PASS
+
+
+def row_of(word: str, args: Namespace) -> Mapping[str, Any]:
+    """FILE.jsonl:LINE, or FILE.jsonl and what -w, --pass and --twin choose."""
+    from parity import explain, record
+
+    place, _, line = word.rpartition(":")
+    path, number = (Path(place), int(line)) if place and line.isdecimal() else (Path(word), None)
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
+        near = nearest(path.name, beside) if beside else ""
+        raise Stop(USAGE, f"no file {str(path)!r}{near if near.startswith(';') else ''}")
+    rows = dict(explain.numbered_rows(path))
+    if number is not None:
+        if number not in rows:
+            raise Stop(
+                USAGE,
+                f"{path} has no row in line {number} (its lines: 1 to {max(rows, default=0)})",
+            )
+        return rows[number]
+    asked = {"workload": args.workload, "pass": args.which, "impl": args.twin}
+    if args.stems:
+        asked["problem"] = args.stems[0]
+    fits = {
+        record.key(row): row
+        for row in rows.values()
+        if row["us"] is not None and all(v is None or row[k] == v for k, v in asked.items())
+    }
+    if len(fits) != 1:
+        raise Stop(
+            USAGE,
+            f"{path} has {len(fits)} timed rows like that, not one: say FILE:LINE, or -w, --pass "
+            "and --twin",
+        )
+    return next(iter(fits.values()))
+
+
+def step_table(found: Any, width: int) -> "rich.table.Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    from parity import waterfall
+
+    table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+    for heading_ in ("step", "us", "", "from"):
+        table.add_column(heading_, justify="right" if heading_ == "us" else "left")
+    most = max((abs(step.us) for step in found.steps), default=0.0)
+    table.add_row("before", f"{found.before:.1f}", "", "")
+    for step in found.steps:
+        bar = Text(waterfall.bar(step, most), style="green" if step.us < 0 else "red")
+        table.add_row(step.what, f"{step.us:+.1f}", bar, Text(step.why))
+    table.add_row("after", f"{found.after:.1f}", "", "")
+    return table
 
 
 # What is shown.
@@ -338,3 +536,133 @@ def measured_rows(e: "Explanation") -> Iterator[tuple[str, list[str]]]:
     yield "launch", each(launch)
     yield "clock", each(clock)
     yield "from", each(lambda side, m: m.source)
+
+
+# The main loops in machine code.
+
+STYLES = {
+    "load": "cyan",
+    "multiply": "green",
+    "wait": "yellow",
+    "store": "magenta",
+    "spill": "bold red",
+    "compute": "blue",
+}
+WIDE = 120  # columns from which two listings stand side by side
+
+
+def show_loops(e: "Explanation", console: "rich.console.Console") -> None:
+    """The two main loops, side by side where there is room."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [(side, k) for side in e.sides for k in side.carriers[:1]]
+    told = [f"{side.twin}: {loop_sentence(k)}" for side, k in shown]
+    console.print(
+        f"{e.problem.stem} {e.work.name} {e.which}, main loops. " + " ".join(told), markup=False
+    )
+    for side in e.sides:
+        if side.why_not:
+            console.print(f"{side.twin} is not shown: {side.why_not}.", markup=False)
+    listings = [loop_lines(k) for _, k in shown]
+    columns = [
+        [Text(f"{role:8} {text}", style=STYLES.get(role, "dim")) for role, text in lines]
+        for lines in listings
+    ]
+    if console.width >= WIDE and len(columns) > 1:
+        table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+        for side, _ in shown:
+            table.add_column(side.twin, ratio=1, overflow="ellipsis", no_wrap=True)
+        for n in range(max(map(len, columns), default=0)):
+            table.add_row(*(lines[n] if n < len(lines) else Text("") for lines in columns))
+        console.print(table)
+    else:
+        for (side, _), lines in zip(shown, columns, strict=True):
+            console.print(f"\n{side.twin}", style="bold")
+            for line in lines:
+                console.print(line)
+    for side, k in shown:
+        if text := accumulator_text(k):
+            console.print(f"\n{side.twin}'s accumulator: {text}", markup=False)
+    legend(e, shown, console)
+
+
+def loop_sentence(k: "Kernel") -> str:
+    if k.code is None:
+        return f"{k.row.kernel} has no machine code here (`make sass`)."
+    loop = k.code.main_loop
+    if loop is None:
+        return f"{k.row.kernel} has no loop; all {len(k.code.instructions)} instructions are shown."
+    products = loop.kinds["wgmma"] + loop.kinds["mma.sync"]
+    what = f"{products} products" if products else "its loads"
+    often = sum(i.address in loop.every_trip for i in loop.instructions)
+    always = "" if often == len(loop.instructions) else f", {often} of them on every trip"
+    return f"the innermost loop with {what} has {len(loop.instructions)} instructions{always}."
+
+
+def loop_lines(k: "Kernel") -> list[tuple[str, str]]:
+    """(role, text) of the main loop, and of the loop that orders copies where that is another."""
+    from parity import sass
+
+    if k.code is None:
+        return []
+    main, copies = k.code.main_loop, k.code.copy_loop
+    if main is None:
+        main = sass.straight(k.code)
+    found: list[tuple[str, str]] = []
+    for title, loop in (("", main), ("another loop, of the threads that order copies", copies)):
+        if loop is None:
+            continue
+        if title:
+            found += [("", ""), ("", f"-- {title}:")]
+        for line in sass.annotated(loop):
+            found.append((line.role, f"{'? ' if line.sometimes else '  '}{line.text}"))
+    return found
+
+
+def accumulator_text(k: "Kernel") -> str:
+    from parity import sass
+
+    loop = k.code.main_loop if k.code else None
+    products = [i for i in loop.instructions if i.kind == "wgmma"] if loop else []
+    held = sass.accumulator(products[0]) if products else None
+    if held is None:
+        return ""
+    first, count = held
+    shape = sass.shape_of(products[0])
+    return (
+        f"R{first} to R{first + count - 1} of each of 128 threads hold the float32 tile of "
+        f"{shape.split('x')[0]} x {shape.split('x')[1]}. Lane l of warp w has rows 16 w + l / 4 "
+        f"and 8 below. R{first} and the next: columns 2 (l mod 4) and 2 (l mod 4) + 1 of the upper "
+        "row; the two after them: the same columns of the lower row; then 8 columns on, and so "
+        "forth (PTX ISA, matrix fragments of wgmma)."
+    )
+
+
+def legend(e: "Explanation", shown: Sequence[Any], console: "rich.console.Console") -> None:
+    from rich.text import Text
+
+    from parity import sass
+
+    kinds: dict[str, str] = {}
+    for _, k in shown:
+        for i in k.code.instructions if k.code else ():
+            kinds.setdefault(i.kind, i.name)
+    console.print("\nLegend (`?`: not on every trip):")
+    for kind, (role, words) in sass.ROLES.items():
+        if role and kind in kinds:
+            line = Text(f"{role:8} ", style=STYLES.get(role, ""))
+            console.print(line.append(f"{kind} ({kinds[kind]}): {words}", style="default"))
+
+
+def loops_json(e: "Explanation") -> dict[str, Any]:
+    return {
+        "loops": {
+            side.twin: [
+                {"role": role, "text": text}
+                for k in side.carriers[:1]
+                for role, text in loop_lines(k)
+            ]
+            for side in e.sides
+        }
+    }

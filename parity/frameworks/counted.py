@@ -1,0 +1,36 @@
+"""One call of one twin for Nsight Compute to count, in a process of its own:
+`from parity.frameworks.counted import main; main(target, stem, workload, which, twin)`.
+
+Everything is compiled and warm before counting is switched on, and nothing else is counted.
+"""
+
+import torch
+
+from parity import frameworks
+from parity.frameworks import torch as memory
+from parity.frameworks import tracer
+from parity.problems import problem
+
+
+def main(target: str, stem: str, workload: str, which: str, twin: str) -> None:
+    frameworks.gpu()
+    described = problem(stem)
+    work = described.workload(workload)
+    arrays = memory.draw(described.inputs(work) | described.cotangents(work), 0)
+    language = frameworks.twin(twin)
+    kernel = language.load(target)
+    inputs = [language.native(arrays[name]) for name in described.inputs(work)]
+    options = dict(work.options)
+    if which == "fwd":
+        fn, args = kernel.public, inputs
+    else:
+        _, res = language.run(kernel.fwd, inputs, options)
+        cotangents = [language.native(arrays[name]) for name in described.cotangents(work)]
+        fn, args = kernel.bwd, [res, *cotangents]
+        options = {k: v for k, v in options.items() if k in described.bwd_options}
+    call = language.thunk(fn, args, options)
+    for _ in range(2):
+        tracer.wait_for(call())
+    torch.cuda.profiler.start()
+    tracer.wait_for(call())
+    torch.cuda.profiler.stop()
