@@ -14,16 +14,18 @@ import numpy as np
 
 from parity import faults
 from parity.faults import Case
-from parity.judge import TILE_ROWS, Verdict, wrong_elements
+from parity.judge import TILE_ROWS, Verdict, judge, wrong_elements
 from parity.shrink import optional
 
 LARGEST = 1 << 26  # elements of an output that is looked at
 MATCHED = 1 << 22  # elements up to which faults are recomputed: some take the oracle once more
 EXPLAINED = 0.1  # of the error may be left over where a fault is named
+FEW = 8  # wrong elements, below which that could be chance: then all must be explained
 SUM_TILES = tuple(2**k for k in range(4, 13))  # of which a sum may miss the last, ragged one
 MAP_ROWS, MAP_COLUMNS = 16, 60  # cells of the error map, at most
 FINE_COLUMNS = 32  # up to which a tile is divided
 
+UNFAIR = "the model itself fails on these inputs: float32 loses too much of them to tell"
 # The judge's reasons that speak of an answer's values
 REASONS = ("shape", "dtype", "nonfinite", "zeros", "norm", "tile", "peak", "bias", "probe")
 
@@ -81,7 +83,8 @@ def diagnosis(
     Returns:
         output, shape; wrong, elements: how many; first_wrong: index, got, expected, looks, tile,
         block, warpgroup; where: a sentence; looks_like: the name of a planted fault or None;
-        because: a sentence or ""; map: tile, cell, relative_error by cell (None: not finite).
+        because: a sentence or ""; map: tile, cell, relative_error by cell (None: not finite). Or
+        unfair: a sentence, where the model fails too and no kernel could pass.
     """
     if failed.output not in case.specs:
         return None
@@ -91,13 +94,16 @@ def diagnosis(
         return _outside(case, at, outputs[at], failed)
     if not 0 < math.prod(spec.shape) <= LARGEST:
         return None
-    y, r, m = (_grid(x) for x in (outputs[at], case.truth[at], model[at]))
     terms = case.problem.reduction(case.work, failed.output)
+    right = case.good[at], case.truth[at], model[at]
+    if not judge(failed.output, *right, spec, family=case.problem.family, terms=terms).ok:
+        return {"output": failed.output, "unfair": UNFAIR}
+    y, r, m = (_grid(x) for x in (outputs[at], case.truth[at], model[at]))
     wrong, allowed = wrong_elements(y, r, m, spec, family=case.problem.family, terms=terms)
     if failed.reason == "probe":
         wrong = y != _grid(case.good[at])
     tiles = Tiles.of(configs, at, len(case.specs))
-    fault, because = _resemblance(case, at, y, r, wrong)
+    fault, because = _resemblance(case, at, y, r, wrong, allowed)
     return {
         "output": failed.output,
         "shape": list(spec.shape),
@@ -279,7 +285,7 @@ def _indices(at: np.ndarray, n: int, noun: str, block: int) -> str:
 
 
 def _resemblance(
-    case: Case, at: int, y: Grid, r: Grid, wrong: np.ndarray
+    case: Case, at: int, y: Grid, r: Grid, wrong: np.ndarray, allowed: float
 ) -> tuple[str | None, str]:
     """(the name of a fault or None, a sentence or "")."""
     blank = _blank(y, r, wrong)
@@ -292,6 +298,8 @@ def _resemblance(
     if not error or (wrong.any() and not (wrong & kept).any()):
         return blank or (None, "")
     name, why, left = None, "", EXPLAINED
+    if 0 < int((wrong & kept).sum()) < FEW:
+        left = min(left, 2 * allowed * float(np.linalg.norm(y[kept])) / error)
     if y.size <= MATCHED:
         for fault, sentence, expected in _recomputed(case, at):
             finite = kept & np.isfinite(expected)
@@ -374,14 +382,18 @@ def _recomputed(case: Case, at: int) -> Iterator[tuple[str, str, Grid]]:
     for fault, how in variants:
         with np.errstate(all="ignore"):  # overflow, of inputs no real kernel sees
             answer = fault(case, **how)
-        if answer is not None and tuple(answer[at].shape) == tuple(case.good[at].shape):
-            sentence = " ".join((fault.__doc__ or "").split("\n\n")[0].split())
-            sentence = sentence[:1].lower() + sentence[1:].rstrip(".")
-            if "name" in how:
-                sentence = f"it is the answer without {how['name']}"
-            if how.get("terms", 1) > 1:
-                sentence = f"the sum stops {how['terms']} terms early"
-            yield fault.__name__, sentence, _grid(answer[at])
+        if answer is None or tuple(answer[at].shape) != tuple(case.good[at].shape):
+            continue
+        expected = _grid(answer[at])
+        if np.array_equal(expected, _grid(case.good[at]), equal_nan=True):
+            continue  # on these inputs it changes nothing
+        sentence = " ".join((fault.__doc__ or "").split("\n\n")[0].split())
+        sentence = sentence[:1].lower() + sentence[1:].rstrip(".")
+        if "name" in how:
+            sentence = f"it is the answer without {how['name']}"
+        if how.get("terms", 1) > 1:
+            sentence = f"the sum stops {how['terms']} terms early"
+        yield fault.__name__, sentence, expected
 
 
 _RECOMPUTED = (
@@ -394,7 +406,7 @@ _RECOMPUTED = (
 def _factor(y: Grid, r: Grid, kept: np.ndarray, error: float) -> str:
     """Whether the answer, or each row of it, is a multiple of the truth."""
     y, r = np.where(kept, y, 0.0), np.where(kept, r, 0.0)
-    if r.shape[1] < 3:
+    if r.shape[1] < FEW:
         return ""
     by_row = (y * r).sum(axis=1) / np.maximum((r * r).sum(axis=1), 1e-300)
     if float(np.linalg.norm(y - by_row[:, None] * r)) > EXPLAINED * error:

@@ -219,6 +219,30 @@ def test_noise_is_like_nothing(p, share):
     assert found["wrong"] > 0 and found["where"]
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("p", PROBLEMS, ids=lambda p: p.stem)
+def test_noise_in_a_few_elements_is_like_nothing(p, seed):
+    rng = np.random.default_rng(seed)
+    sizes = dict.fromkeys(p.workload("ci").sizes, 2)
+
+    def noisy(case):
+        return case.edited(
+            lambda y: y.__iadd__(rng.choice((-1, 1), y.shape).astype(y.dtype) * (abs(y) + 0.1) / 3)
+        )
+
+    found = judged(p, resized(p, p.workload("ci"), sizes), "fwd", noisy)
+    assert found["looks_like"] is None and found["because"] == ""
+
+
+def test_where_the_model_fails_too_no_kernel_is_blamed():
+    """rms_norm's gradient of a single column is a difference that float32 cannot see."""
+    p = problem("rms_norm")
+    work = resized(p, p.workload("ci"), {"R": 1, "N": 1})
+    rows = check(p, work, impls={"triton": p.implementations["triton"]}, passes=("bwd",))
+    assert "the model itself fails" in rows[0].diagnosis["unfair"]
+    assert failing.chosen([row.to_json() for row in rows]) == []
+
+
 def edited(change):
     return lambda case: case.edited(change)
 
@@ -382,6 +406,15 @@ def test_what_only_whole_numbers_show_is_diagnosed_on_them():
     (row,) = check(p, work, impls={"triton": kernel}, passes=("fwd",))
     assert row.reason == "probe" and row.diagnosis["first_wrong"]["index"] == [3, 5]
     assert row.diagnosis["where"] == "one element is wrong: row 3, column 5"
+
+
+@pytest.mark.parametrize(
+    ("stem", "sizes"), [("softmax", {"R": 0}), ("rms_norm", {"R": 0}), ("matmul", {"K": 0})]
+)
+def test_sizes_of_zero_are_judged_too(stem, sizes):
+    p = problem(stem)
+    rows = check(p, resized(p, p.workload("ci"), sizes))
+    assert len(rows) == 4 and [row.detail for row in rows if not row.ok] == []
 
 
 def test_a_diagnosis_that_fails_leaves_the_verdict(monkeypatch):

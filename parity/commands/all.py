@@ -53,6 +53,8 @@ def run(args: Namespace) -> int:
         said["check"] = {"checks": rows, "not_run": skipped}
         if not args.json:
             show_checks(rows, skipped, mode, time.perf_counter() - began)
+            if not all(row["ok"] for row in rows):
+                console.print("`parity check STEM` looks for the smallest case that fails.")
         return all(row["ok"] for row in rows)
 
     def gate() -> bool:

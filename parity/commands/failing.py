@@ -42,6 +42,7 @@ MEANING: Mapping[str, str] = {
 def chosen(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The failures to shrink: one for each kernel and reason, the forward before the backward.
 
+    Not those that no other inputs can change, nor those where the model fails too.
     A wrong forward hands wrong residuals to its backward, so that the backward waits its turn.
     """
     from parity.check import LOADING
@@ -49,11 +50,12 @@ def chosen(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
     def depends_on_its_inputs(row: Mapping[str, Any]) -> bool:
         loading = any(verdict["output"] == LOADING for verdict in row["verdicts"])
-        return not (row["ok"] or loading or row["detail"].startswith("not run"))
+        unfair = (row.get("diagnosis") or {}).get("unfair")
+        return not (row["ok"] or loading or unfair or row["detail"].startswith("not run"))
 
     bad = [row for row in rows if depends_on_its_inputs(row)]
-    first = {(r["problem"], r["impl"]): r["which"] for r in reversed(bad) if r["which"] == "bwd"}
-    first |= {(r["problem"], r["impl"]): r["which"] for r in bad if r["which"] == "fwd"}
+    order = sorted(bad, key=lambda row: row["which"] != "fwd")
+    first = {(row["problem"], row["impl"]): row["which"] for row in reversed(order)}
     kinds: dict[tuple, Mapping[str, Any]] = {}
     for row in bad:
         if row["which"] == first[row["problem"], row["impl"]]:
@@ -134,7 +136,8 @@ def _story(
                            "huge" in w.tags, dict(case.sizes), case.without)  # fmt: skip
             (found,) = (r for r in ask(job, lambda phrase: None) if r["impl"] == row["impl"])
             answers[case.key] = found
-            return shrink.signature(found) == kind
+            unfair = (found.get("diagnosis") or {}).get("unfair")
+            return shrink.signature(found) == kind and not unfair
 
         found = shrink.shrink(
             start,
@@ -180,10 +183,21 @@ def show(
 ) -> None:
     """Each kind of failure with what is known of it; without stories nothing was shrunk."""
     failures = chosen(rows)
+    for why, unfair in _unfair(rows).items():
+        console.print(f"\nNo fault of {', '.join(unfair)}: {why}.", markup=False)
     for row, story in zip_longest(failures[:MOST], stories):
         _show(console, row, story)
     if len(failures) > MOST:
         console.print(f"\n{len(failures) - MOST} more kinds of failure: mend these first.")
+
+
+def _unfair(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if why := (row.get("diagnosis") or {}).get("unfair"):
+            name = f"{row['problem']} {row['workload']} {row['which']} {row['impl']}"
+            found.setdefault(why, []).append(name)
+    return found
 
 
 def _show(
@@ -216,8 +230,8 @@ def _show(
     elif detail := (story["check"] if story else row)["detail"]:
         line("there", detail)
     if whole.get("where"):
-        count = f" ({whole['wrong']} of {whole['elements']})"
-        line(f"in {row['workload']}", whole["where"] + (count if whole["wrong"] else ""))
+        count = f"{whole['wrong']} of {whole['elements']} " if whole["wrong"] else ""
+        line("where", f"{whole['where']} ({count}in {row['workload']})")
     console.print(said)
     if whole.get("map"):
         _show_map(console, row["workload"], whole)
