@@ -183,7 +183,7 @@ class _Reader:
                 return tuple(source[n % LANES] for n in lane)
             return None
         known = [a for a in args if a is not None]
-        if len(known) < len(args) or name not in _OPERATIONS:
+        if len(known) < len(operands) - 1 or name not in _OPERATIONS:
             return None
         lanes = list(zip(*known, strict=True))
         kind, bits = _type(op)
@@ -191,7 +191,12 @@ class _Reader:
         # of mad.wide, factors are narrow and the addend is wide
         sizes = [bits, bits, wide, bits]
         run = _OPERATIONS[name]
-        results = [run(op, *(_as(kind, *v) for v in zip(sizes, x, strict=False))) for x in lanes]
+        try:
+            results = [
+                run(op, *(_as(kind, *v) for v in zip(sizes, x, strict=False))) for x in lanes
+            ]
+        except TypeError:  # a form of the instruction with other operands
+            return None
         known_results = [r for r in results if r is not None]
         if len(known_results) < LANES:
             return None

@@ -6,8 +6,15 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity import compile as gate
+from parity import doctor, explain, ncu, record, sass, waterfall
+from parity.commands.bench import timed
 from parity.commands.shared import (
     ENVIRONMENT,
     FAILED,
@@ -23,13 +30,8 @@ from parity.commands.shared import (
     progress,
     runnable,
 )
-
-if TYPE_CHECKING:
-    import rich.console
-    import rich.table
-
-    from parity.explain import Explanation, Kernel, Measured, Sentence, Side
-    from parity.spec import Problem, Workload
+from parity.explain import Explanation, Kernel, Measured, Sentence, Side
+from parity.spec import Problem, Workload
 
 ROUNDS = 4  # of the ruler, where explain measures by itself
 
@@ -43,7 +45,6 @@ def run(args: Namespace) -> int:
     twins = (args.twin,) if args.twin and not impls else TWINS
     if args.sass and not args.which:
         passes = passes[:1]
-    from parity import explain
 
     here = gpu_is_here()
     if args.ncu and not here:
@@ -94,7 +95,7 @@ def run(args: Namespace) -> int:
 # What was asked.
 
 
-def chosen(args: Namespace) -> tuple["Problem", "Workload"]:
+def chosen(args: Namespace) -> tuple[Problem, Workload]:
     """The one workload that is asked for; without -w the problem's first that is no `ci`."""
     if len(args.stems) != 1:
         there = ", ".join(p.stem for p in problems_of(()))
@@ -121,18 +122,17 @@ def chosen(args: Namespace) -> tuple["Problem", "Workload"]:
 
 
 def compiled(
-    problem: "Problem",
-    work: "Workload",
+    problem: Problem,
+    work: Workload,
     passes: Sequence[str],
     twins: Sequence[str],
     impls: Mapping[str, str] | None,
 ) -> tuple[list[Any], dict[str, str]]:
     """The compile gate's rows of one workload, and why a twin has none."""
-    from parity.compile import compile_gate
 
     able = runnable(tuple(twins), "cpu")
     with progress(len(twins), "compile") as tell:
-        rows = compile_gate(
+        rows = gate.compile_gate(
             [problem],
             workloads=[work.name],
             twins=[twin for twin in twins if not able[twin]],
@@ -144,20 +144,18 @@ def compiled(
 
 
 def listing_of(row: Any) -> str:
-    from parity.compile import CACHE
 
-    return (CACHE / row.listing).read_text() if row.listing else ""
+    return (gate.CACHE / row.listing).read_text() if row.listing else ""
 
 
 def known(
-    problem: "Problem",
-    work: "Workload",
+    problem: Problem,
+    work: Workload,
     passes: Sequence[str],
     twins: Sequence[str],
     impls: Mapping[str, str],
-) -> dict[str, dict[str, "Measured"]]:
+) -> dict[str, dict[str, Measured]]:
     """pass -> twin -> its measured row, of the committed records; nobody recorded an --impl."""
-    from parity import explain
 
     found = {}
     for which in passes:
@@ -167,22 +165,19 @@ def known(
 
 
 def gpu_is_here() -> bool:
-    from parity import doctor
 
     return bool(doctor.machine().hopper)
 
 
 def measure(
-    problem: "Problem",
-    work: "Workload",
+    problem: Problem,
+    work: Workload,
     passes: Sequence[str],
     twins: Sequence[str],
     impls: Mapping[str, str] | None,
     compiled_rows: Sequence[Any],
-) -> dict[str, dict[str, "Measured"]]:
+) -> dict[str, dict[str, Measured]]:
     """As `known`, measured now: the ruler's samples, fewer rounds, no peers."""
-    from parity import explain, sass
-    from parity.commands.bench import timed
 
     targets = {twin: (impls or {}).get(twin, problem.implementations[twin]) for twin in twins}
     only = dataclasses.replace(work, passes=tuple(passes))
@@ -208,15 +203,13 @@ def measure(
 
 
 def count(
-    problem: "Problem",
-    work: "Workload",
+    problem: Problem,
+    work: Workload,
     which: str,
     targets: Mapping[str, str],
-    measured: Mapping[str, "Measured"],
-) -> list["Sentence"]:
+    measured: Mapping[str, Measured],
+) -> list[Sentence]:
     """Sentences from hardware counters; each launch of a measured row gains its bytes."""
-    from parity import ncu
-    from parity.explain import Sentence
 
     told = []
     least = problem.cost(work, which).bytes
@@ -237,8 +230,7 @@ def count(
     return told
 
 
-def keep(path: Path, measured: Mapping[str, Mapping[str, "Measured"]]) -> None:
-    from parity import record
+def keep(path: Path, measured: Mapping[str, Mapping[str, Measured]]) -> None:
 
     for of_pass in measured.values():
         for m in of_pass.values():
@@ -249,7 +241,6 @@ def keep(path: Path, measured: Mapping[str, Mapping[str, "Measured"]]) -> None:
 
 
 def compare(args: Namespace) -> int:
-    from parity import waterfall
 
     if not (args.before and args.after):
         raise Stop(USAGE, "--before ROW goes with --after ROW")
@@ -283,7 +274,6 @@ def compare(args: Namespace) -> int:
 
 def row_of(word: str, args: Namespace) -> Mapping[str, Any]:
     """FILE.jsonl:LINE, or FILE.jsonl and what -w, --pass and --twin choose."""
-    from parity import explain, record
 
     place, _, line = word.rpartition(":")
     path, number = (Path(place), int(line)) if place and line.isdecimal() else (Path(word), None)
@@ -316,11 +306,7 @@ def row_of(word: str, args: Namespace) -> Mapping[str, Any]:
     return next(iter(fits.values()))
 
 
-def step_table(found: Any, width: int) -> "rich.table.Table":
-    from rich.table import Table
-    from rich.text import Text
-
-    from parity import waterfall
+def step_table(found: Any, width: int) -> Table:
 
     table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     for heading_ in ("step", "us", "", "from"):
@@ -337,15 +323,14 @@ def step_table(found: Any, width: int) -> "rich.table.Table":
 # What is shown.
 
 
-def heading(problem: "Problem", work: "Workload", found: Sequence["Explanation"]) -> str:
-    from parity import explain
+def heading(problem: Problem, work: Workload, found: Sequence[Explanation]) -> str:
 
     sizes = ", ".join(f"{letter} {size}" for letter, size in work.sizes.items())
     said = "\n".join(explain.conclusion(e) for e in found)
     return f"{problem.stem} {work.name} ({sizes}, {work.dtype}), for an H200:\n{said}"
 
 
-def show(e: "Explanation", console: "rich.console.Console") -> None:
+def show(e: Explanation, console: Console) -> None:
     console.print()
     console.print(fact_table(e, console.width))
     for sentence in e.sentences:
@@ -353,9 +338,7 @@ def show(e: "Explanation", console: "rich.console.Console") -> None:
         console.print(f"* {sentence.text}", style=style, markup=False)
 
 
-def fact_table(e: "Explanation", width: int) -> "rich.table.Table":
-    from rich.table import Table
-    from rich.text import Text
+def fact_table(e: Explanation, width: int) -> Table:
 
     table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     table.add_column(e.which, style="bold", no_wrap=width >= 70)
@@ -367,9 +350,8 @@ def fact_table(e: "Explanation", width: int) -> "rich.table.Table":
     return table
 
 
-def fact_rows(e: "Explanation") -> Iterator[tuple[str, list[str]]]:
+def fact_rows(e: Explanation) -> Iterator[tuple[str, list[str]]]:
     """(what, one text a twin) of one pass."""
-    from parity import explain
 
     def each(fact: Any) -> list[str]:
         return [fact(side) if side.kernels else "" for side in e.sides]
@@ -396,15 +378,14 @@ def fact_rows(e: "Explanation") -> Iterator[tuple[str, list[str]]]:
 
 
 def kernel_rows(
-    e: "Explanation", kernels: Sequence["Kernel | None"]
+    e: Explanation, kernels: Sequence[Kernel | None]
 ) -> Iterator[tuple[str, list[str]]]:
-    from parity import explain
 
     def each(fact: Any) -> list[str]:
         return [fact(k) if k is not None else "" for k in kernels]
 
     def counted(*kinds: str) -> list[str]:
-        def text(k: "Kernel") -> str:
+        def text(k: Kernel) -> str:
             counts = k.code.counts if k.code else {}
             return (
                 " + ".join(str(counts.get(kind, 0)) for kind in kinds)
@@ -445,87 +426,87 @@ def kernel_rows(
     yield "local memory", counted("local memory")
 
 
-def launch_text(k: "Kernel") -> str:
+def launch_text(k: Kernel) -> str:
     blocks = "?" if k.blocks is None else str(k.blocks)
     return f"{blocks} x {k.row.threads}"
 
 
-def registers_text(k: "Kernel") -> str:
+def registers_text(k: Kernel) -> str:
     return "" if k.row.registers is None else f"{k.row.registers}, {k.row.spills or 0} bytes"
 
 
-def occupancy_text(k: "Kernel") -> str:
+def occupancy_text(k: Kernel) -> str:
     if k.occupancy is None or k.resident is None or k.row.threads is None:
         return ""
     why = f"by {k.occupancy.by}" if k.resident == k.occupancy.blocks else "no more launched"
     return f"{k.resident} ({why}), {k.resident * -(-k.row.threads // 32)} of 64 warps"
 
 
-def rounds_text(k: "Kernel") -> str:
+def rounds_text(k: Kernel) -> str:
     if k.rounds is None:
         return ""
     pieces, workers, rounds = k.rounds
     return f"{rounds:.2f} ({pieces} on {workers})"
 
 
-def loop_text(k: "Kernel") -> str:
+def loop_text(k: Kernel) -> str:
     loop = k.code.main_loop if k.code else None
     if k.code is None:
         return ""
     return f"{len(loop.instructions)} instructions" if loop else "none: straight code"
 
 
-def wgmma_text(k: "Kernel") -> str:
+def wgmma_text(k: Kernel) -> str:
     if k.code is None:
         return f"{k.row.wgmma} (lowered)" if k.row.wgmma else ""
     return ", ".join(f"{n} of {shape}" for shape, n in k.code.wgmma.items())
 
 
-def tma_text(k: "Kernel") -> str:
+def tma_text(k: Kernel) -> str:
     if not (k.row.tma_load or k.row.tma_store):
         return ""
     return f"{k.row.tma_load} + {k.row.tma_store}{'' if k.code else ' (lowered)'}"
 
 
-def widths_text(k: "Kernel", kind: str) -> str:
+def widths_text(k: Kernel, kind: str) -> str:
     widths = k.code.widths(kind) if k.code else {}
     return ", ".join(f"{n} of {bits // 8} bytes" for bits, n in widths.items())
 
 
-def sectors_text(k: "Kernel") -> str:
+def sectors_text(k: Kernel) -> str:
     wide = [a for a in k.accesses if a.useful > a.lane_bytes]
     if not wide:
         return ""
     return f"{min(a.used for a in wide):.0%} at least, of {len(wide)} accesses"
 
 
-def arithmetic_text(k: "Kernel") -> str:
+def arithmetic_text(k: Kernel) -> str:
     counts = k.code.counts if k.code else {}
     three = [counts.get(kind, 0) for kind in ("fma", "multiply", "add")]
     return " / ".join(map(str, three)) if any(three) else ""
 
 
-def measured_rows(e: "Explanation") -> Iterator[tuple[str, list[str]]]:
+def measured_rows(e: Explanation) -> Iterator[tuple[str, list[str]]]:
     def each(fact: Any) -> list[str]:
         return [fact(side, side.measured) if side.measured else "" for side in e.sides]
 
-    def rates(side: "Side", m: "Measured") -> str:
+    def rates(side: Side, m: Measured) -> str:
         return (
             f"{e.cost.bytes / m.us.p50 / 1e3:.0f} GB/s, {e.cost.flops / m.us.p50 / 1e6:.1f} TFLOP/s"
         )
 
-    def ceilings(side: "Side", m: "Measured") -> str:
+    def ceilings(side: Side, m: Measured) -> str:
         c = m.ceilings
         return f"{c.copy_gbps:.0f} GB/s, {c.gemm_tflops:.0f} TFLOP/s"
 
-    def clock(side: "Side", m: "Measured") -> str:
+    def clock(side: Side, m: Measured) -> str:
         clocks = m.row.get("clocks")
         return f"{clocks['sm_mhz']['median']:.0f} MHz, {clocks['power_w']:.0f} W" if clocks else ""
 
-    def launch(side: "Side", m: "Measured") -> str:
+    def launch(side: Side, m: Measured) -> str:
         return f"{m.row['launch_us']:.0f} us of the host" if m.row.get("launch_us") else ""
 
-    def kernels(side: "Side", m: "Measured") -> str:
+    def kernels(side: Side, m: Measured) -> str:
         told = m.row.get("launches") or []
         return ", ".join(f"{x['name']} {x['us']:.1f} us" for x in told) if len(told) > 1 else ""
 
@@ -551,10 +532,8 @@ STYLES = {
 WIDE = 120  # columns from which two listings stand side by side
 
 
-def show_loops(e: "Explanation", console: "rich.console.Console") -> None:
+def show_loops(e: Explanation, console: Console) -> None:
     """The two main loops, side by side where there is room."""
-    from rich.table import Table
-    from rich.text import Text
 
     shown = [(side, k) for side in e.sides for k in side.carriers[:1]]
     told = [f"{side.twin}: {loop_sentence(k)}" for side, k in shown]
@@ -587,7 +566,7 @@ def show_loops(e: "Explanation", console: "rich.console.Console") -> None:
     legend(e, shown, console)
 
 
-def loop_sentence(k: "Kernel") -> str:
+def loop_sentence(k: Kernel) -> str:
     if k.code is None:
         return f"{k.row.kernel} has no machine code here (`make sass`)."
     loop = k.code.main_loop
@@ -600,9 +579,8 @@ def loop_sentence(k: "Kernel") -> str:
     return f"the innermost loop with {what} has {len(loop.instructions)} instructions{always}."
 
 
-def loop_lines(k: "Kernel") -> list[tuple[str, str]]:
+def loop_lines(k: Kernel) -> list[tuple[str, str]]:
     """(role, text) of the main loop, and of the loop that orders copies where that is another."""
-    from parity import sass
 
     if k.code is None:
         return []
@@ -620,8 +598,7 @@ def loop_lines(k: "Kernel") -> list[tuple[str, str]]:
     return found
 
 
-def accumulator_text(k: "Kernel") -> str:
-    from parity import sass
+def accumulator_text(k: Kernel) -> str:
 
     loop = k.code.main_loop if k.code else None
     products = [i for i in loop.instructions if i.kind == "wgmma"] if loop else []
@@ -639,10 +616,7 @@ def accumulator_text(k: "Kernel") -> str:
     )
 
 
-def legend(e: "Explanation", shown: Sequence[Any], console: "rich.console.Console") -> None:
-    from rich.text import Text
-
-    from parity import sass
+def legend(e: Explanation, shown: Sequence[Any], console: Console) -> None:
 
     kinds: dict[str, str] = {}
     for _, k in shown:
@@ -655,7 +629,7 @@ def legend(e: "Explanation", shown: Sequence[Any], console: "rich.console.Consol
             console.print(line.append(f"{kind} ({kinds[kind]}): {words}", style="default"))
 
 
-def loops_json(e: "Explanation") -> dict[str, Any]:
+def loops_json(e: Explanation) -> dict[str, Any]:
     return {
         "loops": {
             side.twin: [

@@ -13,11 +13,12 @@ import triton.language as tl
 def _whole_row_kernel(x_ptr, y_ptr, R, N, scale, block_n: tl.constexpr):
     n = tl.arange(0, block_n)
     for row in tl.range(tl.program_id(0), R, tl.num_programs(0)):
-        s = tl.load(x_ptr + row.to(tl.int64) * N + n, mask=n < N, other=float("-inf"))
+        start = tl.full((1,), N, tl.int64) * row
+        s = tl.load(x_ptr + start + n, mask=n < N, other=float("-inf"))
         s = s.to(tl.float32) * scale
         e = tl.exp(s - tl.max(s, 0))
         y = (e / tl.sum(e, 0)).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + row.to(tl.int64) * N + n, y, mask=n < N)
+        tl.store(y_ptr + start + n, y, mask=n < N)
 
 
 @triton.jit
@@ -25,18 +26,19 @@ def _strided_kernel(x_ptr, y_ptr, R, N, scale, block_n: tl.constexpr):
     i = tl.arange(0, block_n)
     n = i % 128 * (block_n // 128) + i // 128  # every column once
     for row in tl.range(tl.program_id(0), R, tl.num_programs(0)):
-        s = tl.load(x_ptr + row.to(tl.int64) * N + n, mask=n < N, other=float("-inf"))
+        start = tl.full((1,), N, tl.int64) * row
+        s = tl.load(x_ptr + start + n, mask=n < N, other=float("-inf"))
         s = s.to(tl.float32) * scale
         e = tl.exp(s - tl.max(s, 0))
         y = (e / tl.sum(e, 0)).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + row.to(tl.int64) * N + n, y, mask=n < N)
+        tl.store(y_ptr + start + n, y, mask=n < N)
 
 
 @triton.jit
 def _chunks_kernel(x_ptr, y_ptr, R, N, scale, block_n: tl.constexpr):
     n = tl.arange(0, block_n)
     for row in tl.range(tl.program_id(0), R, tl.num_programs(0)):
-        start = row.to(tl.int64) * N
+        start = tl.full((1,), N, tl.int64) * row
         top = tl.full((block_n,), float("-inf"), tl.float32)
         total = tl.zeros((block_n,), tl.float32)
         for n0 in tl.range(0, N, block_n):
