@@ -37,7 +37,7 @@ class Check:
 
     problem: str
     workload: str
-    which: str  # the pass
+    which: str  # "fwd" or "bwd"
     impl: str
     dtype: str
     ok: bool
@@ -83,7 +83,7 @@ def check(
     tell = progress or (lambda phrase: None)
     rows: list[Check] = []
     for which in passes or work.passes:
-        specs = problem.results(work, which)
+        specs = (problem.outputs if which == "fwd" else problem.grads)(work)
         arrays = memory.draw(_described(problem, work), seed)
         tell(f"{problem.stem} {work.name} {which}: float64 oracle")
         truth, model = truth_and_model(problem, work, which, _seen(problem, work, which, arrays))
@@ -123,6 +123,8 @@ class _Subject:
     ) -> None:
         self.problem, self.work, self.which, self.twin = problem, work, which, twin
         self.target = target
+        self.options = dict(work.options)
+        self.bwd_options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
         self.evidence: _Evidence | None = None
 
     def judged(
@@ -151,10 +153,9 @@ class _Subject:
             decoy = self._call(kernel, other)
             other = other if problem.probe else {}  # huge arrays would not fit twice
         fn, args, options = self._pass(kernel, arrays)
-        read = _leaves([*args, *options.values()])
-        before = [memory.fingerprint(twin.harness(x)) for x in read]
+        before = [memory.fingerprint(twin.harness(x)) for x in _leaves(args)]
         out = twin.outputs_of(twin.run(fn, args, options))
-        if before != [memory.fingerprint(twin.harness(x)) for x in read]:
+        if before != [memory.fingerprint(twin.harness(x)) for x in _leaves(args)]:
             return [Verdict("inputs", False, "mutated", "an input was written to")], ()
         if len(out) != len(specs):
             detail = f"returned {len(out)} arrays, expected {len(specs)}: {', '.join(specs)}"
@@ -193,9 +194,12 @@ class _Subject:
 
     def _pass(self, kernel: Kernel, arrays: Mapping[str, Any]) -> tuple[Callable, list, dict]:
         """The function of this pass, its native arguments and its options."""
-        subject = (self.twin, kernel, self.problem, self.work, self.which)
-        fn, args, options = frameworks.prepared(*subject, arrays)
-        return _first_of(kernel.fwd) if self.which == "fwd" else fn, args, options
+        inputs = [self.twin.native(arrays[n]) for n in self.problem.inputs(self.work)]
+        if self.which == "fwd":
+            return _first_of(kernel.fwd), inputs, self.options
+        _, res = self.twin.run(kernel.fwd, inputs, self.options)
+        cotangents = [self.twin.native(arrays[n]) for n in self.problem.cotangents(self.work)]
+        return kernel.bwd, [res, *cotangents], self.bwd_options
 
     def _call(self, kernel: Kernel, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
         return self.twin.outputs_of(self.twin.run(*self._pass(kernel, arrays)))
@@ -245,7 +249,7 @@ def _seen(
     problem: Problem, work: Workload, which: str, arrays: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the oracle of one pass reads."""
-    return {n: arrays[n] for n in problem.reads(work, which)}
+    return {n: x for n, x in arrays.items() if which == "bwd" or n in problem.inputs(work)}
 
 
 _FIRST: dict[Callable, Callable] = {}
