@@ -18,7 +18,7 @@ from parity.commands.shared import (
 
 
 def run(args: Namespace) -> int:
-    """Wrong answers on each workload; kernels that cheat on the first of each problem."""
+    """Wrong answers on each workload; kernels that cheat on the problem's first, which is plain."""
     pairs = selected(args, ("ci",))
     mode = mode_of(args.device)
     wanted = (args.twin,) if args.twin else TWINS
@@ -26,15 +26,15 @@ def run(args: Namespace) -> int:
     from parity import faults, frameworks
 
     frameworks.interpreters() if mode == "cpu" else frameworks.gpu()
-    firsts = {p.stem: w for p, w in reversed(pairs)}
+    firsts = {p.stem: w for p, w in reversed(pairs)}  # after which the kernels that cheat follow
     rows: list[faults.Caught] = []
     with progress(len(pairs), "faults") as tell:
         for done, (p, w) in enumerate(pairs, 1):
             tell(f"{p.stem} {w.name}")
             rows += faults.answers(p, w)
             for twin in twins if firsts[p.stem] is w else ():
-                tell(f"{p.stem} {w.name}: {twin} cheats")
-                rows += faults.behaviours(p, w, twin)
+                tell(f"{p.stem} {p.workloads[0].name}: {twin} cheats")
+                rows += faults.behaviours(p, p.workloads[0], twin)
             tell(f"{p.stem} {w.name}", done)
     ok = all(row.ok for row in rows)
     if args.json:
