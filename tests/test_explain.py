@@ -253,7 +253,7 @@ SLOW = {
 OURS = {
     "matmul": ("gemm_4096", ("fwd",)),
     "softmax": ("softmax_1024x151936", ("fwd",)),
-    "rms_norm": ("rms_norm_4096x32768", ("fwd", "bwd")),
+    "rms_norm": ("rms_norm_16384x4096", ("fwd", "bwd")),
 }
 
 

@@ -622,6 +622,8 @@ def legend(e: Explanation, shown: Sequence[Any], console: Console) -> None:
     for _, k in shown:
         for i in k.code.instructions if k.code else ():
             kinds.setdefault(i.kind, i.name)
+    if not kinds:
+        return
     console.print("\nLegend (`?`: not on every trip):")
     for kind, (role, words) in sass.ROLES.items():
         if role and kind in kinds:

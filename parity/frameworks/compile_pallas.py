@@ -61,7 +61,14 @@ def compile_one(assemble: Assembler | None, request: Request) -> list[Row]:
     cotangents = [_struct(d) for d in request["cotangents"]]
     # asked for the backward alone, a Config is the backward's
     keywords = configs.keywords if "fwd" in request["passes"] else {}
-    forward = functools.partial(kernel.fwd, **request["options"], **keywords)
+    named = request["keywords"]
+    inputs += [_struct(d) for d in named.values()]
+
+    def forward(*args: Any) -> Any:
+        by_keyword = dict(zip(named, args[len(args) - len(named) :], strict=True))
+        plain = args[: len(args) - len(named)]
+        return kernel.fwd(*plain, **by_keyword, **request["options"], **keywords)
+
     rows: list[Row] = []
     if "fwd" in request["passes"]:
         rows += _lower(assemble, request, "fwd", configs, forward, inputs)
@@ -73,6 +80,12 @@ def compile_one(assemble: Assembler | None, request: Request) -> list[Row]:
         options = request["bwd_options"] if _has_launchers(kernel) else request["options"]
         backward = functools.partial(kernel.bwd, **options, **configs.keywords)
         rows += _lower(assemble, request, "bwd", configs, backward, [res, *cotangents])
+    for which, further in request["further"].items():
+        if which in request["passes"]:
+            function = kernel.beside[further["function"]]
+            function = functools.partial(function, **further["options"], **configs.keywords)
+            args = [_struct(d) for d in further["inputs"]]
+            rows += _lower(assemble, request, which, configs, function, args)
     return rows
 
 
@@ -138,7 +151,7 @@ def _read(module: bytes, context: Any) -> Row:
         "wgmma": text.count("wgmma.mma_async"),
         "tma_load": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.shared.cluster.global"'),
         "tma_store": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.global.shared.cta"')
-        + text.count(f'"{_DIALECT}nvvm.cp.async.bulk.global.shared.cta"'),
+        + text.count("cp.async.bulk.global.shared::cta.bulk_group"),  # of a row, in inline PTX
         "tma_descriptors": text.count("callee = @mosaic_gpu_init_tma_desc"),
         **_launch(text),
     }
