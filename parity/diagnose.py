@@ -109,7 +109,7 @@ def diagnosis(
         "shape": list(spec.shape),
         "wrong": int(wrong.sum()),
         "elements": wrong.size,
-        "first_wrong": _first(y, r, wrong, tiles, spec.shape),
+        "first_wrong": _first(y, r, wrong, tiles, spec.shape, 2 * allowed),
         "where": _where(wrong, tiles, spec.shape),
         "looks_like": fault,
         "because": because,
@@ -153,7 +153,7 @@ def _explains(y: Grid, expected: Grid) -> bool:
 
 
 def _first(
-    y: Grid, r: Grid, wrong: np.ndarray, tiles: Tiles, shape: tuple[int, ...]
+    y: Grid, r: Grid, wrong: np.ndarray, tiles: Tiles, shape: tuple[int, ...], close: float
 ) -> dict[str, Any]:
     if wrong.any():
         flat = int(np.argmax(wrong))
@@ -166,7 +166,7 @@ def _first(
         "index": [int(i) for i in np.unravel_index(flat, shape)],
         "got": _number(y[row, column]),
         "expected": _number(r[row, column]),
-        "looks": _looks(y, r, row, column),
+        "looks": _looks(y, r, row, column, close),
         "tile": list(tiles.at(row, column)[vector:]),
         "block": list(block[vector:]),
         "block_known": tiles.known,
@@ -178,8 +178,8 @@ def _number(x: float) -> float | str:
     return float(x) if math.isfinite(x) else str(x)
 
 
-def _looks(y: Grid, r: Grid, row: int, column: int) -> str:
-    """What one wrong value may be, in a few words; "" if nothing fits."""
+def _looks(y: Grid, r: Grid, row: int, column: int, close: float) -> str:
+    """What one wrong value may be, to a relative error of `close`; "" if nothing fits."""
     got, want = float(y[row, column]), float(r[row, column])
     if math.isnan(got):
         return "NaN, as memory that nobody wrote holds, or made from it"
@@ -193,7 +193,7 @@ def _looks(y: Grid, r: Grid, row: int, column: int) -> str:
         return "exactly zero was due"
 
     def alike(a: float, b: float) -> bool:
-        return abs(a - b) <= 2e-3 * abs(b)
+        return abs(a - b) <= close * abs(b)
 
     for words, value in (("the sign is wrong", -want), ("twice the truth", 2 * want)):
         if alike(got, value):
@@ -291,7 +291,7 @@ def _resemblance(
     blank = _blank(y, r, wrong)
     if blank and blank[0] != "skipped_tile":
         return blank
-    if int(wrong.sum()) == 1 and np.allclose(y[wrong], -r[wrong], rtol=2e-3):
+    if int(wrong.sum()) == 1 and np.allclose(y[wrong], -r[wrong], rtol=2 * allowed):
         return "wrong_element", "one element has the wrong sign"
     kept = np.isfinite(y) & np.isfinite(r)
     error = float(np.linalg.norm((y - r)[kept]))

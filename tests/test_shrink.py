@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from parity import cli, diagnose, doctor, faults, report, shrink, workers
 from parity.check import check
 from parity.commands import failing
 from parity.diagnose import Tiles
-from parity.frameworks import Kernel
+from parity.frameworks import Kernel, twin
 from parity.frameworks.torch import draw
 from parity.judge import judge, truth_and_model
 from parity.problems import PROBLEMS, problem
@@ -159,14 +160,18 @@ def test_the_replay_is_understood():
 # The diagnosis
 
 
-def judged(p, work, which, wrong=lambda case: case.good, configs=()):
-    """The diagnosis of a wrong answer to one pass, or the verdict where the judge passes it."""
+def judged(p, work, which, wrong=lambda case: case.good, configs=(), like=lambda x: x):
+    """The diagnosis of a wrong answer to one pass; None where the fault changes nothing.
+
+    like: makes the harness's arrays of another kind.
+    """
     drawn = draw({**p.inputs(work), **p.cotangents(work)}, 0)
+    drawn = {n: like(x) for n, x in drawn.items()}
     arrays = {n: x for n, x in drawn.items() if which == "bwd" or n in p.inputs(work)}
     truth, model = truth_and_model(p, work, which, arrays)
     case = faults.case_of(p, work, which, arrays, truth, model)
     answer = wrong(case)
-    if answer is None or faults._same(np, answer, case.good):
+    if answer is None or faults._same(case.xp, answer, case.good):
         return None
     for (name, spec), y, r, m in zip(case.specs.items(), answer, truth, model, strict=True):
         terms = p.reduction(work, name)
@@ -199,6 +204,14 @@ def test_every_planted_answer_is_called_by_its_name(p, work):
             if work.name == "ci_causal" and name == "dropped_tail":
                 expected = "skipped_tile"
             assert found["looks_like"] == expected and found["because"], (which, name)
+
+
+def test_on_a_gpu_the_arrays_are_tensors_and_bfloat16():
+    p = problem("matmul")
+    work = replace(p.workload("ci"), dtype="bfloat16")
+    for fault in faults.ANSWERS:
+        found = judged(p, work, "fwd", fault, like=twin("triton").native)
+        assert found["looks_like"] == fault.__name__
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.02])
