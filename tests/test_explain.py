@@ -555,6 +555,18 @@ def test_json_is_one_value(quick, capsys):
     assert told["bound"] == "compute" and told["ceilings_source"].startswith("parity/records")
 
 
+@pytest.mark.parametrize("columns", [150, 80])
+def test_main_loops_stand_side_by_side_where_there_is_room(quick, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("parity.commands.explain.listing_of", lambda row: LOOP)
+    assert main(["explain", "matmul", "--sass"]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if "HGMMA.64x256x16" in line]
+    assert [line.count("HGMMA.64x256x16") for line in lines] == ([2] if columns == 150 else [1, 1])
+    assert "R24 to R151 of each of 128 threads" in " ".join(out.split())
+    assert "Legend" in out and "TMA load" not in out  # only what is there
+
+
 @pytest.mark.parametrize(
     "words, code, why",
     [

@@ -373,6 +373,10 @@ def fact_rows(e: Explanation) -> Iterator[tuple[str, list[str]]]:
             each(lambda side, value=value: explain.size(value(side)) if value(side) else ""),
         )
     if e.ceilings and e.least_us:
+        side_of = "compute" if e.compute_bound else "memory"
+        intensity = explain.number(e.cost.flops / e.cost.bytes)
+        where = f"{side_of}: {intensity} FLOP/B, ridge {explain.ridge(e.ceilings):.0f}"
+        yield "roofline", [where for _ in e.sides]
         yield "least time", [f"{e.least_us:.1f} us" for _ in e.sides]
     yield from measured_rows(e)
 
