@@ -182,7 +182,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     sub = command("tune", "search for faster Configs; prunes without a GPU, measures on a Hopper")
     choosing(sub, "model, without huge", impl=False)
-    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd"), help="only this one")
+    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
     sub.add_argument("--exhaustive", action="store_true", help="every Config of the space")
     sub.add_argument("--resume", action="store_true", help="go on where the results stop")
     sub.add_argument("--budget", type=seconds, metavar="9m", help="stop in time: 90s, 9m, 1h")

@@ -16,6 +16,7 @@ that a run that was cut goes on where it stopped: the same search over what is k
 
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -36,7 +37,7 @@ from parity.timing import FASTER, Budget, Interval, verdict
 
 TUNED = Path(__file__).parent / "tuned"
 SCHEMA = 1
-STEP = 0.005  # a smaller gain is no reason to move: it is noise
+STEP = timing.APART / 2  # a smaller gain is no reason to move: it is noise
 ROUNDS, FINAL_ROUNDS = 6, 20  # of the search, and of the last run against the default
 WARM_UP_SECONDS = 0.1
 BESIDE = 6  # Configs of one run, beside the default
@@ -71,7 +72,7 @@ def descend(
     The answer is the best of its own star: no single field makes it better. foresee: called with
     the Configs that come next, so that they can be compiled together.
     """
-    best, at = start, costs([start])[key(start)]
+    best, at = start, costs([start]).get(key(start), math.inf)
     while True:
         before = best
         foresee(star(best, axes))
@@ -192,7 +193,8 @@ class Entry:
         row = self.note(config)
         for name in [name for name in row if name != "config"]:
             del row[name]
-        row.update({"pruned": kind, "why": why[:160]})
+        # (where in the kernel file is of no interest here)
+        row.update({"pruned": kind, "why": re.sub(r" \(\w+\.py:\d+: .*", "", why)[:160]})
 
     @property
     def pruned(self) -> dict[str, int]:
@@ -326,10 +328,12 @@ class Tuner:
 
     def _decide(self) -> None:
         """The winner: the fastest of a longer run that is FASTER than the default and right."""
-        # (half of what would do: the shorter runs of the search are noisier)
-        better = [c for c in self.entry.measured if c["share"] < 1 / (1 + timing.APART / 2)]
+        # (half of what a winner needs: the shorter runs of the search are noisier)
+        better = [c for c in self.entry.measured if c["share"] < 1 - STEP]
         if not better:
-            self.entry.row |= {"winner": None, "why": "no Config is faster than the default"}
+            least = min((c["share"] for c in self.entry.measured), default=1.0)
+            why = f"no Config is faster than the default: the best takes {least:.3f} of its time"
+            self.entry.row |= {"winner": None, "why": why}
             return
         self.tell("the last run against the default")
         configs = [row["config"] for row in better[:FINALISTS]]
@@ -468,19 +472,12 @@ class OnDevice:
         self._twin = frameworks.twin(task.twin)
         self._kernel = self._twin.load(problem.implementations[task.twin])
         self._module = sys.modules[self._kernel.public.__module__]
-        inputs, cotangents = problem.inputs(work), problem.cotangents(work)
-        arrays = memory.draw({**inputs, **cotangents}, seed)
-        seen = {n: x for n, x in arrays.items() if task.which == "bwd" or n in inputs}
+        arrays = memory.draw({**problem.inputs(work), **problem.cotangents(work)}, seed)
+        seen = {n: arrays[n] for n in problem.reads(work, task.which)}
         self._truth, self._model = truth_and_model(problem, work, task.which, seen)
-        given = [self._twin.native(arrays[n]) for n in inputs]
-        self._options = dict(work.options)
-        if task.which == "fwd":
-            self._fn, self._args = self._kernel.public, given
-        else:
-            _, res = self._twin.run(self._kernel.fwd, given, self._options)
-            self._fn = self._kernel.bwd
-            self._args = [res, *(self._twin.native(arrays[n]) for n in cotangents)]
-            self._options = {k: v for k, v in self._options.items() if k in problem.bwd_options}
+        self._fn, self._args, self._options = frameworks.prepared(
+            self._twin, self._kernel, problem, work, task.which, arrays
+        )
         self._calls: dict[Key, Callable[[], Any]] = {}
         compiles = task.twin == "pallas" and not frameworks.interpreted()
         self._listen = compiles and find_sass() is None
@@ -535,7 +532,7 @@ class OnDevice:
         from parity.judge import judge
 
         problem, work = self._task.problem, self._task.work
-        specs = (problem.outputs if self._task.which == "fwd" else problem.grads)(work)
+        specs = problem.results(work, self._task.which)
         if len(out) != len(specs):
             return f"returned {len(out)} arrays, expected {len(specs)}: {', '.join(specs)}"
         for (n, spec), y, r, m in zip(specs.items(), out, self._truth, self._model, strict=True):
@@ -563,15 +560,17 @@ class OnDevice:
     def confirm(self, config: Config) -> str:
         """The whole check: other inputs, three runs, the exact probe, the witness."""
         from parity.check import check
-        from parity.frameworks import Kernel
 
         task, own = self._task, self._kernel
         bound = {"config": self._module.Config(**config)}
-        kernel = (
-            Kernel(partial(own.public, **bound), partial(own.fwd, **bound), own.bwd, own.where)
-            if task.which == "fwd"
-            else Kernel(own.public, own.fwd, partial(own.bwd, **bound), own.where)
-        )
+        if task.which == "fwd":
+            bind = {"public": partial(own.public, **bound), "fwd": partial(own.fwd, **bound)}
+        elif task.which == "bwd":
+            bind = {"bwd": partial(own.bwd, **bound)}
+        else:
+            name = task.problem.further[task.which].function
+            bind = {"beside": {**own.beside, name: partial(own.beside[name], **bound)}}
+        kernel = replace(own, **bind)
         (found,) = check(
             task.problem,
             task.work,

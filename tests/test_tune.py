@@ -201,6 +201,22 @@ def test_a_gain_inside_the_noise_leaves_the_default():
     assert entry.row["winner"] is None and "UNDECIDED" in entry.row["why"]
 
 
+def test_where_nothing_but_the_default_can_be_used_the_default_stands():
+    entry = tuned(Surface(), lambda configs: [("spills", "spills 8 bytes")] * len(configs))
+    assert entry.row["winner"] is None and entry.row["finished"]
+    several = Surface()
+    several.asks.append(several.asks[0] | {"default": START | {"warps": 8}})
+    entry = tuned(several, lambda configs: [("spills", "spills 8 bytes")] * len(configs))
+    assert entry.row["winner"] is None and not entry.measured
+
+
+def test_a_pass_with_several_defaults_starts_from_the_first_as_from_any_config():
+    several = Surface()
+    several.asks.append(several.asks[0] | {"default": START | {"warps": 8}})
+    assert tuned(several).row["winner"]["config"] == BEST
+    assert START in several.called
+
+
 def test_a_wrong_default_is_no_measure():
     subject = Surface()
     subject.prepare = lambda config: ("wrong", "norm: y is off")
@@ -589,7 +605,7 @@ def test_committed_results_hold_what_they_claim():
 # Tuning never changes what a kernel computes.
 
 TINY = {
-    "matmul": {"M": 136, "N": 136, "K": 72},
+    "matmul": {"M": 72, "N": 72, "K": 72},
     "softmax": {"R": 3, "N": 1160},
     "rms_norm": {"R": 3, "N": 1160},
 }

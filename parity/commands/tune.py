@@ -54,6 +54,7 @@ def run(args: Namespace) -> int:
 
 def tasks_of(args: Namespace) -> list["parity.tune.Task"]:
     from parity.commands.bench import worth_timing
+    from parity.spec import PASSES
     from parity.tune import Task
 
     selection = selected(args, ("model",))
@@ -62,7 +63,7 @@ def tasks_of(args: Namespace) -> list["parity.tune.Task"]:
     if any("ci" in w.tags for _, w in selection):
         raise Stop(USAGE, "ci workloads are too small to be timed; choose model ones")
     twins = (args.twin,) if args.twin else TWINS
-    passes = (args.which,) if args.which else ("fwd", "bwd")
+    passes = (args.which,) if args.which else PASSES
     return [
         Task(p, w, which, twin)
         for p, w in selection
