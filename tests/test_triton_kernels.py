@@ -251,6 +251,17 @@ def test_reads_stay_inside_their_operands():
             assert torch.equal(mine, plain)
 
 
+@pytest.mark.parametrize("N", [48, 256, 272, 300])
+def test_rows_of_more_tiles_than_a_program_holds_gradients_for(N: int):
+    """Tiles that fill the row, or not, in one group of programs or in two."""
+    h, dy, w = (normal(*shape, dtype=torch.float32) for shape in ((5, N), (5, N), (1, N)))
+    w, rstd = w[0], torch.rsqrt(h.square().mean(1) + 1e-6)
+    got = RMS_NORM.rms_norm_bwd((_guarded(h), w, rstd), _guarded(dy), config=SMALL["rms_norm"])
+    xh, g = (h * rstd[:, None]).double(), (dy * w).double()
+    dx = rstd[:, None] * (g - xh * (g * xh).mean(1, keepdim=True))
+    assert error(got[0], dx) < 1e-6 and error(got[1], (dy * xh).sum(0)) < 1e-6
+
+
 def test_writes_stay_inside_their_outputs(monkeypatch):
     buffers = []
     empty, new_empty = torch.empty, torch.Tensor.new_empty

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from . import _lib
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNKS = 8  # of block_n columns, whose dw one program of the backward keeps in registers
+CHUNKS = 16  # of block_n columns, whose dw one program of the backward keeps in registers
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def default_config(R: int, N: int, dtype: torch.dtype, which: str = "fwd") -> Co
     block_n = max(64, _lib.power_of_2(N))
     if which.startswith("bwd"):
         if block_n * dtype.itemsize > 16384:
-            # The dw of a long row takes half of the registers, 64 for each thread of 16 warps; a
-            # quarter where wider elements or a ragged end want registers too.
-            large = N % 4096 == 0 and N <= 32768 and dtype.itemsize == 2
-            return Config(1, 4096 if large else 2048, warps=16, programs=1)
+            # 16 chunks of dw take half of the registers, 64 for each thread of 16 warps; a quarter
+            # where wider elements or a ragged end want registers too.
+            large = N % 2048 == 0 and N <= 32768 and dtype.itemsize == 2
+            return Config(1, 2048 if large else 1024, warps=16, programs=1)
         # Tiles of 8192 elements, 16 for each thread, and fewer where programs would find no rows.
         # Two tiles are on their way to shared memory while one is worked on.
         block_m = min(8192 // block_n, _lib.power_of_2(_lib.cdiv(R, 132)))
@@ -167,6 +167,12 @@ def _load_hdy(h_rows, dy_rows, cols, inside, policy: tl.constexpr):
 
 
 @triton.jit
+def _load_dh(dh_row, cols, N, even: tl.constexpr):
+    exist = None if even else cols < N
+    return tl.load(dh_row + cols, exist, None if even else 0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _products(h, dy, w, w_offset: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr):
     """g * h, summed over runs of 8 columns, which one thread holds: [block_m, block_n / 8].
 
@@ -235,58 +241,41 @@ def _rms_norm_bwd_kernel(
             terms = _store_dx(dx_ptr + rows * N, n, inside, h, dy, dh, w, rstd, mean, w_offset)
             dw = (dw[0] + terms,)
     else:
-        # One row at a time, block_m = 1. While its chunks are read a second time, from L1, and its
-        # dx is stored, those of the next row arrive for the first time.
+        # A longer row is walked over twice, one at a time (block_m = 1): for the mean in tiles so
+        # wide that all loads in flight fill the wait, then chunk by chunk, from L1.
+        wide: tl.constexpr = 4 * block_n
         row = tl.program_id(0).to(tl.int64)
-        products = tl.zeros((1, block_n // 8), tl.float32)
-        for n0 in tl.range(0, N, block_n):
-            inside = n0 + n < N
-            w = tl.load(w_ptr + n0 + n, mask=inside, other=0.0)
-            h, dy = _load_hdy(
-                h_ptr + row * stride_hr, dy_ptr + row * stride_dyr, n0 + n, inside, "evict_last"
-            )
-            products += _products(h, dy, w, w_offset, 1, block_n)
         for _ in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=1, disable_licm=True):
+            h_row, dy_row = h_ptr + row * stride_hr, dy_ptr + row * stride_dyr
+            products = tl.zeros((1, wide // 8), tl.float32)
+            for n0 in tl.range(0, N, wide):
+                cols = n0 + tl.arange(0, wide)[None, :]
+                exist = None if even else cols < N
+                h, dy = _load_hdy(h_row, dy_row, cols, exist, "evict_last")
+                w = tl.load(w_ptr + cols, mask=exist, other=None if even else 0.0)
+                products += _products(h, dy, w, w_offset, 1, wide)
             rstd = tl.load(rstd_ptr + row)
             mean = tl.sum(products) * rstd / N
-            products = tl.zeros((1, block_n // 8), tl.float32)
-            # The last row has no next: it comes again, from L1, and its sums go nowhere.
-            next_row = tl.where(row + tl.num_programs(0) < R, row + tl.num_programs(0), row)
-            h_row, dy_row = h_ptr + row * stride_hr, dy_ptr + row * stride_dyr
-            next_h_row, next_dy_row = h_ptr + next_row * stride_hr, dy_ptr + next_row * stride_dyr
+            # dh is read once, not from L1: it is on its way four chunks early.
             dh_row = dh_ptr + row * stride_dhr if has_dh else None
-            if groups > 1:
-                # The last program has fewer than `chunks` of its own.
-                own = tl.minimum(tl.cdiv(N, block_n) - first, chunks)
-                for step in tl.range(own, tl.cdiv(N, block_n)):
-                    cols = (first + step) % tl.cdiv(N, block_n) * block_n + n
-                    inside = cols < N
-                    w = tl.load(w_ptr + cols, mask=inside, other=0.0)
-                    h, dy = _load_hdy(next_h_row, next_dy_row, cols, inside, "evict_last")
-                    products += _products(h, dy, w, w_offset, 1, block_n)
-            later = first * block_n + n
-            exist = None if even else later < N
-            ahead_h, ahead_dy = _load_hdy(next_h_row, next_dy_row, later, exist, "evict_last")
+            dh = ()
+            for ni in tl.static_range(min(4, chunks) if has_dh else 0):
+                cols = (first + ni) * block_n + n
+                dh = dh + (_load_dh(dh_row, cols, N, even),)  # noqa: RUF005
             for ni in tl.static_range(chunks):
                 cols = (first + ni) * block_n + n
-                # Where block_n divides N, whether columns exist is no question, nor a register.
+                # Where tiles fill the row, whether columns exist is no question, nor a register.
                 exist = None if even else cols < N
-                came_h, came_dy = ahead_h, ahead_dy
-                if ni + 1 < chunks:
-                    later = cols + block_n
-                    ahead_h, ahead_dy = _load_hdy(
-                        next_h_row, next_dy_row, later, None if even else later < N, "evict_last"
-                    )
-                other = None if even else 0.0
-                dh = tl.load(dh_row + cols, mask=exist, other=other) if has_dh else None
-                w = tl.load(w_ptr + cols, mask=exist, other=other)
-                products += _products(came_h, came_dy, w, w_offset, 1, block_n)
-                # Else the compiler starts this load early, and has no registers for it.
-                tl.debug_barrier()
+                if has_dh and ni + 4 < chunks:
+                    dh = dh + (_load_dh(dh_row, cols + 4 * block_n, N, even),)  # noqa: RUF005
                 h, dy = _load_hdy(h_row, dy_row, cols, exist, "evict_first")
-                terms = _store_dx(dx_ptr + row * N, cols, exist, h, dy, dh, w, rstd, mean, w_offset)
+                w = tl.load(w_ptr + cols, mask=exist, other=None if even else 0.0)
+                terms = _store_dx(
+                    dx_ptr + row * N, cols, exist, h, dy, dh[ni] if has_dh else None, w, rstd, mean,
+                    w_offset,
+                )  # fmt: skip
                 dw = dw[:ni] + (dw[ni] + terms,) + dw[ni + 1 :]  # noqa: RUF005
-            row = next_row
+            row += tl.num_programs(0)
 
     for ni in tl.static_range(chunks):
         cols = (first + ni) * block_n + n
@@ -380,13 +369,14 @@ def _backward(
         resident = max(1, tiles.programs * _lib.num_sms() // groups)
         block_m = tiles.block_m if N <= tiles.block_n else 1
         programs = min(_lib.cdiv(R, block_m), resident)
+        even = N % (chunks * tiles.block_n) == 0 and N % (4 * tiles.block_n) == 0
         packed = all(t is None or t.stride(0) == N for t in (h, dy, dh))
         partial = h.new_empty(programs, N, dtype=torch.float32)
         _rms_norm_bwd_kernel[(programs, groups)](
             h, w, rstd, dy, dh, dx, partial, R, N,
             h.stride(0), dy.stride(0), 0 if dh is None else dh.stride(0), w_offset,
             block_m, tiles.block_n, chunks, groups,
-            N % tiles.block_n == 0, packed, N <= tiles.block_n, tiles.stages,
+            even, packed, N <= tiles.block_n, tiles.stages,
             num_warps=tiles.warps,
         )  # fmt: skip
         # 32 columns are one 128-byte line of float32; 64 rows of them keep 4 warps busy.
