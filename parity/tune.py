@@ -639,8 +639,11 @@ class Results:
 
     @staticmethod
     def open(folder: Path, stem: str, twin: str, device: str) -> "Results":
+        """device: "" where nothing is timed. Raises ValueError for results of another device."""
         path = folder / f"{stem}.{twin}.json"
         results = Results.read(path) if path.exists() else Results(path, stem, twin, device)
+        if device and results.device not in ("", device):
+            raise ValueError(f"{path} holds results of {results.device}, and this is {device}")
         results.device = device or results.device
         return results
 

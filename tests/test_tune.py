@@ -378,6 +378,8 @@ def test_results_are_read_by_people_and_refused_when_broken(tmp_path, green):
     text = (tmp_path / "softmax.triton.json").read_text()
     lines = [line for line in text.splitlines() if '"config"' in line]
     assert len(lines) >= len(whole(tmp_path)["results"][0]["configs"])  # a Config a line
+    with pytest.raises(ValueError, match="results of NVIDIA H200, and this is NVIDIA H100"):
+        campaign([task()], tmp_path, Surface(), device="NVIDIA H100")
     (tmp_path / "softmax.triton.json").write_text(text[: len(text) // 2])
     with pytest.raises(ValueError, match="not the results of `parity tune`"):
         Results.read(tmp_path / "softmax.triton.json")
@@ -557,6 +559,7 @@ def test_a_dry_run_leaves_its_verdicts_for_the_gpu(no_gpu, green, tmp_path):
         (("tune", "sofmax"), "softmax"),
         (("tune", "softmax", "-w", "ci"), "too small to be timed"),
         (("tune", "softmax", "--pass", "backward"), "no --pass 'backward'"),
+        (("tune", "softmax", "-w", "nothing"), "has no workload 'nothing'"),
         (("tune", "--emit", "--out", "nowhere"), "no tuned results of any problem in nowhere"),
     ],
 )
@@ -581,7 +584,7 @@ def test_emit_writes_prints_and_does_nothing_twice(tmp_path, monkeypatch, capsys
     assert "+        return Config(warps=8)" in capsys.readouterr().out
     after = file.read_text()
     assert cli.main(ask) == 0 and file.read_text() == after
-    assert "its 1 rungs stand as they are" in capsys.readouterr().out
+    assert "its rungs stand as they are" in capsys.readouterr().out
     monkeypatch.setattr(tune, "source_of", lambda task: "edited")
     assert cli.main(ask) == 1 and file.read_text() == after
     assert "has changed since it was tuned" in capsys.readouterr().out

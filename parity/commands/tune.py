@@ -323,9 +323,8 @@ def emit(args: Namespace) -> int:
         if after != text:
             changes.append((file, text, after))
         elif rows:
-            what = f"its {len(made)} rungs stand as they are" if made else "no rung is needed"
-            given = "already gives every winner" if not made else "gives the others"
-            said.append(f"{p.stem} {twin}: the ladder {given}; {what}")
+            needed = "its rungs stand as they are" if made else "no rung is needed"
+            said.append(f"{p.stem} {twin}: default_config already gives every winner; {needed}")
     if not found:
         stems = " ".join(args.stems) or "any problem"
         hint = "`parity tune STEM` on a Hopper GPU makes them"
