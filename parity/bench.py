@@ -144,6 +144,7 @@ class _Pass:
 
         described = self.problem.inputs(self.work) | self.problem.cotangents(self.work)
         self.arrays = memory.draw(described, self.seed)
+        self.cost = self.problem.cost_of(self.work, self.which, self.arrays)
         contenders = [
             self._twin(impl, target, checks is None) for impl, target in self.impls.items()
         ]
@@ -158,7 +159,7 @@ class _Pass:
         if not running:
             yield from (self._row(c, None, None, {}) for c in contenders)
             return
-        cost = self.problem.cost(self.work, self.which)
+        cost = self.cost
         beside, amount = device.contenders(cost.bytes, self.work.dtype)
         self.tell("timing")
         timings, shared = self._measure(running | beside, rounds)
@@ -191,15 +192,9 @@ class _Pass:
             kernel = twin.load(target)
             contender.source = record.source_hash(kernel.where)
             contender.depends = _depends(kernel.where)
-            inputs = [twin.native(self.arrays[n]) for n in self.problem.inputs(self.work)]
-            options = dict(self.work.options)
-            if self.which == "fwd":
-                fn, args = kernel.public, inputs
-            else:
-                _, res = twin.run(kernel.fwd, inputs, options)
-                cotangents = self.problem.cotangents(self.work)
-                fn, args = kernel.bwd, [res, *(twin.native(self.arrays[n]) for n in cotangents)]
-                options = {k: v for k, v in options.items() if k in self.problem.bwd_options}
+            fn, args, options = frameworks.prepared(
+                twin, kernel, self.problem, self.work, self.which, self.arrays
+            )
             call, seconds, contender.config = first_call(twin, fn, args, options)
         except Exception as e:
             contender.check, contender.note = "fail:crash", _sentence(e)
@@ -255,8 +250,8 @@ class _Pass:
         return contender
 
     def _compare(self, c: Contender, truth: tuple[Any, ...] | None) -> None:
-        """A peer that answers another question is not beside anything."""
-        if c.call is None or truth is None:
+        """A peer that answers another question is not beside anything, unless it says which."""
+        if c.call is None or truth is None or "computes" in c.config:
             return
         try:
             answer = _harness(c.call())
@@ -291,7 +286,7 @@ class _Pass:
     def _row(
         self, c: Contender, timed: Timing | None, roof: float | None, shared: Mapping[str, Any]
     ) -> Row:
-        cost = self.problem.cost(self.work, self.which)
+        cost = self.cost
         us = timed.us if timed else None
         row = {
             "schema": record.SCHEMA,

@@ -37,7 +37,7 @@ class Check:
 
     problem: str
     workload: str
-    which: str  # "fwd" or "bwd"
+    which: str  # the pass
     impl: str
     dtype: str
     ok: bool
@@ -83,7 +83,7 @@ def check(
     tell = progress or (lambda phrase: None)
     rows: list[Check] = []
     for which in passes or work.passes:
-        specs = (problem.outputs if which == "fwd" else problem.grads)(work)
+        specs = problem.results(work, which)
         arrays = memory.draw(_described(problem, work), seed)
         tell(f"{problem.stem} {work.name} {which}: float64 oracle")
         truth, model = truth_and_model(problem, work, which, _seen(problem, work, which, arrays))
@@ -123,8 +123,6 @@ class _Subject:
     ) -> None:
         self.problem, self.work, self.which, self.twin = problem, work, which, twin
         self.target = target
-        self.options = dict(work.options)
-        self.bwd_options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
         self.evidence: _Evidence | None = None
 
     def judged(
@@ -148,14 +146,16 @@ class _Subject:
         decoy: tuple[Any, ...] = ()
         # Other inputs of the same sizes first, so that a remembered answer shows. The interpreters
         # are slow: there the forward tells for both passes where no exact probe needs the run.
-        if self.which == "fwd" or problem.probe or not frameworks.interpreted():
-            other = memory.draw((problem.probe or self._described)(work), seed + 1)
+        probe = problem.probe(work) if problem.probe else None
+        if self.which == "fwd" or probe or not frameworks.interpreted():
+            other = memory.draw(probe or self._described(work), seed + 1)
             decoy = self._call(kernel, other)
-            other = other if problem.probe else {}  # huge arrays would not fit twice
+            other = other if probe else {}  # huge arrays would not fit twice
         fn, args, options = self._pass(kernel, arrays)
-        before = [memory.fingerprint(twin.harness(x)) for x in _leaves(args)]
+        read = _leaves([*args, *options.values()])
+        before = [memory.fingerprint(twin.harness(x)) for x in read]
         out = twin.outputs_of(twin.run(fn, args, options))
-        if before != [memory.fingerprint(twin.harness(x)) for x in _leaves(args)]:
+        if before != [memory.fingerprint(twin.harness(x)) for x in read]:
             return [Verdict("inputs", False, "mutated", "an input was written to")], ()
         if len(out) != len(specs):
             detail = f"returned {len(out)} arrays, expected {len(specs)}: {', '.join(specs)}"
@@ -181,7 +181,7 @@ class _Subject:
         ):
             detail = "the answer is that of an earlier call with other inputs"
             return [Verdict("outputs", False, "cached", detail)], ()
-        if problem.probe is not None and all(v.ok for v in verdicts):
+        if probe and all(v.ok for v in verdicts):
             verdicts += self._probed(other, decoy, specs, call)
         # (where there is nothing to compute, nobody has to launch anything)
         if all(v.ok for v in verdicts) and problem.cost(work, self.which).flops:
@@ -194,12 +194,9 @@ class _Subject:
 
     def _pass(self, kernel: Kernel, arrays: Mapping[str, Any]) -> tuple[Callable, list, dict]:
         """The function of this pass, its native arguments and its options."""
-        inputs = [self.twin.native(arrays[n]) for n in self.problem.inputs(self.work)]
-        if self.which == "fwd":
-            return _first_of(kernel.fwd), inputs, self.options
-        _, res = self.twin.run(kernel.fwd, inputs, self.options)
-        cotangents = [self.twin.native(arrays[n]) for n in self.problem.cotangents(self.work)]
-        return kernel.bwd, [res, *cotangents], self.bwd_options
+        subject = (self.twin, kernel, self.problem, self.work, self.which)
+        fn, args, options = frameworks.prepared(*subject, arrays)
+        return _first_of(kernel.fwd) if self.which == "fwd" else fn, args, options
 
     def _call(self, kernel: Kernel, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
         return self.twin.outputs_of(self.twin.run(*self._pass(kernel, arrays)))
@@ -249,7 +246,7 @@ def _seen(
     problem: Problem, work: Workload, which: str, arrays: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the oracle of one pass reads."""
-    return {n: x for n, x in arrays.items() if which == "bwd" or n in problem.inputs(work)}
+    return {n: arrays[n] for n in problem.reads(work, which)}
 
 
 _FIRST: dict[Callable, Callable] = {}

@@ -141,7 +141,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="for one workload (default: 120 with --impl, else 300, on a GPU 600)",
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="processes (default: 2 on a CPU)")
-    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd"), help="only this one")
+    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
     sub.add_argument(
         "-s", "--sizes", type=sizes, metavar="M=3,N=70", help="instead of the workload's own"
     )
@@ -166,7 +166,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub = command("explain", "why the twins are as fast as they are; no GPU needed")
     sub.add_argument("stems", nargs="*", metavar="STEM", help="a problem")
     sub.add_argument("-w", "--workload", metavar="NAME", help="a workload (default: the first)")
-    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd"), help="only this one")
+    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
     sub.add_argument("--twin", choices=TWINS, help="only this one")
     sub.add_argument("--impl", metavar="FILE.py:function", help="your kernel in place of a twin")
     sub.add_argument("--as", dest="impl_as", choices=TWINS, help="its language")

@@ -236,10 +236,23 @@ def _tasks(
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             config = dataclasses.asdict(config)
         options = dict(workload.options)
+        inputs, cotangents = (
+            {n: [list(d.shape), d.dtype] for n, d in described(workload).items()}
+            for described in (problem.inputs, problem.cotangents)
+        )
         request = {
             "implementation": _absolute(implementations.get(twin) or problem.implementations[twin]),
-            "inputs": [[list(d.shape), d.dtype] for d in problem.inputs(workload).values()],
-            "cotangents": [[list(d.shape), d.dtype] for d in problem.cotangents(workload).values()],
+            "inputs": [v for n, v in inputs.items() if n not in problem.keywords],
+            "keywords": {n: v for n, v in inputs.items() if n in problem.keywords},
+            "cotangents": list(cotangents.values()),
+            "further": {
+                which: {
+                    "function": further.function,
+                    "inputs": [(inputs | cotangents)[n] for n in further.reads],
+                    "options": further.options(workload),
+                }
+                for which, further in problem.further.items()
+            },
             "options": options,
             "bwd_options": {k: v for k, v in options.items() if k in problem.bwd_options},
             "passes": [p for p in workload.passes if passes is None or p in passes],

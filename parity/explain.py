@@ -555,7 +555,7 @@ def _occupied(e: Explanation) -> Iterator[Sentence]:
 def read_share(e: Explanation) -> float:
     """How much of the least bytes is read, and not written."""
     work = e.work
-    results = (e.problem.outputs if e.which == "fwd" else e.problem.grads)(work).values()
+    results = e.problem.results(work, e.which).values()
     written = sum(math.prod(a.shape) * itemsize(a.dtype) for a in results)
     return max(0.0, 1 - written / e.cost.bytes)
 

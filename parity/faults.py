@@ -52,7 +52,7 @@ class Case:
         return tuple(self.xp.astype(x, d) for x, d in zip(arrays, dtypes, strict=True))
 
     def recomputed(self, ar: Arithmetic, work: Workload, arrays: Mapping[str, Any]) -> tuple:
-        oracle = self.problem.oracle if self.which == "fwd" else self.problem.oracle_bwd
+        oracle = self.problem.oracle_of(self.which)
         return self.rounded(oracle(ar, work, **arrays))
 
     def edited(self, edit: Callable[[Any], None]) -> tuple[Any, ...]:
@@ -154,7 +154,7 @@ def option_ignored(c: Case, name: str) -> Any:
     """An option or an optional input is not looked at."""
     options = {k: v for k, v in c.work.options.items() if k != name}
     arrays = {k: v for k, v in c.arrays.items() if k != name}
-    oracle = c.problem.oracle if c.which == "fwd" else c.problem.oracle_bwd
+    oracle = c.problem.oracle_of(c.which)
     answer = oracle(Arithmetic.model(c.xp), replace(c.work, options=options), **arrays)
     return c.rounded(answer) if len(answer) == len(c.specs) else None
 
@@ -317,7 +317,7 @@ def case_of(
     model: tuple[Any, ...],
 ) -> Case:
     """arrays: what the oracle of that pass reads; truth and model: what it says of them."""
-    specs = (problem.outputs if which == "fwd" else problem.grads)(work)
+    specs = problem.results(work, which)
     xp = array_api_compat.array_namespace(truth[0])
     case = Case(xp, problem, work, which, arrays, truth, (), specs)
     return replace(case, good=case.rounded(model))
@@ -329,7 +329,7 @@ def answers(problem: Problem, work: Workload, seed: int = 0) -> Iterator[Caught]
 
     drawn = memory.draw({**problem.inputs(work), **problem.cotangents(work)}, seed)
     for which in work.passes:
-        arrays = {n: x for n, x in drawn.items() if which == "bwd" or n in problem.inputs(work)}
+        arrays = {n: drawn[n] for n in problem.reads(work, which)}
         truth, model = truth_and_model(problem, work, which, arrays)
         case = case_of(problem, work, which, arrays, truth, model)
 
@@ -344,7 +344,7 @@ def answers(problem: Problem, work: Workload, seed: int = 0) -> Iterator[Caught]
             return "", ""
 
         yield Caught(problem.stem, work.name, which, "none", ("",), *verdict(case.good))
-        for fault, reasons in ANSWERS.items():
+        for fault, reasons in {**ANSWERS, **problem.faults}.items():
             wrong = fault(case)
             if wrong is not None and not _same(case.xp, wrong, case.good):
                 name = fault.__name__

@@ -273,8 +273,7 @@ def answer(
     problem: Problem, work: Workload, which: str, arrays: dict[str, Any], ar: Arithmetic
 ) -> tuple:
     """What the oracle of one pass says in that arithmetic."""
-    oracle = problem.oracle if which == "fwd" else problem.oracle_bwd
-    return oracle(ar, work, **arrays)
+    return problem.oracle_of(which)(ar, work, **arrays)
 
 
 def _stored(xp: Any, x: Any, dtype: str) -> Any:

@@ -18,7 +18,7 @@ from parity.record import Row
 from parity.report import NAMES, TWINS, WHERE, Distance, Line, Results
 from parity.spec import Problem
 
-PASS_NAMES = {"fwd": "forward", "bwd": "backward"}
+PASS_NAMES = {"fwd": "forward", "bwd": "backward", "dw": "weight gradient"}
 EXTREMES = 6  # rows in each table of the passes furthest ahead and behind
 BINS = (*map(str, range(9)), ">8")  # of Check.ulp
 
@@ -284,7 +284,7 @@ class _Section:
         if yardstick == 0:
             return Error(f["impl"], None if error else 0.0, 1.5, f["ok"], says)
         work = self.problem.workload(f["workload"])
-        specs = (self.problem.outputs if f["which"] == "fwd" else self.problem.grads)(work)
+        specs = self.problem.results(work, f["which"])
         output = f["output"] if f["output"] in specs else next(iter(specs))
         terms = self.problem.reduction(work, output)
         allowed = judge.limit(self.problem.family, specs[output].dtype, yardstick, terms)

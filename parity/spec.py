@@ -16,7 +16,7 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 
-PASSES = ("fwd", "bwd")
+PASSES = ("fwd", "bwd", "dw")  # a problem has the first two, and more where its `further` says so
 
 NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
     {
@@ -43,27 +43,37 @@ def dtype_name(dtype: Any) -> str:
 
 @dataclass(frozen=True)
 class Normal:
-    """Independent normal values with the given standard deviation."""
+    """Independent normal values with the given standard deviation.
+
+    Rows from `live` on are dead memory: NaN.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     std: float = 1.0
+    live: int | None = None
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        return (rng.standard_normal(self.shape, np.float32) * self.std).astype(_np(self.dtype))
+        x = (rng.standard_normal(self.shape, np.float32) * self.std).astype(_np(self.dtype))
+        return _with_dead_rows(x, self)
 
 
 @dataclass(frozen=True)
 class Integers:
-    """Whole numbers in [low, high]: sums of their products are exact in float32."""
+    """Whole numbers in [low, high]: sums of their products are exact in float32.
+
+    Rows from `live` on are dead memory: NaN, or -1 in an array of integers.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     low: int = -3
     high: int = 3
+    live: int | None = None
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.integers(self.low, self.high, self.shape, endpoint=True).astype(_np(self.dtype))
+        x = rng.integers(self.low, self.high, self.shape, endpoint=True).astype(_np(self.dtype))
+        return _with_dead_rows(x, self)
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,62 @@ class Keep:
         return keep
 
 
-Descriptor = Normal | Integers | Keep
+@dataclass(frozen=True)
+class Routing:
+    """Group sizes [E] that sum to `rows`: how many rows a router sends to each of E experts.
+
+    uniform: every row picks an expert, all alike (multinomial). zipf: the expert of rank r is
+    picked as 1 / r. onehot: one expert gets all. half: every other expert, by rank, gets none.
+    ragged: no chance at all; the first gets about half, one gets none and one a single row. Which
+    expert has which rank is drawn too.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    kind: str = "uniform"
+    dtype: str = "int32"
+
+    def shares(self) -> np.ndarray:
+        """The probability of each rank."""
+        rank = np.arange(1, self.shape[0] + 1)
+        weight = {
+            "uniform": np.ones(len(rank)),
+            "zipf": 1 / rank,
+            "onehot": rank == 1,
+            "half": rank % 2,
+        }[self.kind]
+        return weight / max(1, weight.sum())
+
+    @property
+    def expected(self) -> np.ndarray:
+        """The rows of each rank, on average."""
+        return self._ragged() if self.kind == "ragged" else self.rows * self.shares()
+
+    @property
+    def active(self) -> float:
+        """How many experts have rows, on average."""
+        if self.kind == "ragged":
+            return float(np.count_nonzero(self._ragged()))
+        return float((1 - (1 - self.shares()) ** self.rows).sum())
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        if self.shape[0] == 0:
+            return np.zeros(0, _np(self.dtype))
+        if self.kind == "ragged":
+            return self._ragged().astype(_np(self.dtype))
+        return rng.multinomial(self.rows, rng.permutation(self.shares())).astype(_np(self.dtype))
+
+    def _ragged(self) -> np.ndarray:
+        sizes = np.zeros(self.shape[0], np.int64)
+        left = self.rows
+        for e in range(self.shape[0]):
+            half = -(-left // 2)
+            sizes[e] = {1: 0, 2: min(1, left)}.get(e, half) if e < self.shape[0] - 1 else left
+            left -= sizes[e]
+        return sizes
+
+
+Descriptor = Normal | Integers | Keep | Routing
 
 
 @dataclass(frozen=True)
@@ -135,7 +200,7 @@ class Workload:
     tags: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
-    passes: tuple[str, ...] = PASSES
+    passes: tuple[str, ...] = ("fwd", "bwd")
 
     def __getitem__(self, letter: str) -> int:
         return self.sizes[letter]
@@ -201,6 +266,17 @@ def row_blocks(x: Any, elements: int = 1 << 28) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
+class Further:
+    """One more public function of a stem beside X, judged and timed as a pass of its own."""
+
+    function: str  # its name in both twins' files
+    reads: tuple[str, ...]  # its arguments, in order: names of inputs and cotangents
+    options: Callable[[Workload], dict[str, Any]]
+    outputs: Callable[[Workload], dict[str, Array]]
+    oracle: Callable[..., Any]  # (ar, work, **what it reads) -> a tuple
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a kernel must compute. Every function takes the workload; arrays come by name.
 
@@ -208,9 +284,11 @@ class Problem:
     outputs(work), grads(work)     -> {name: Array}, in the order X_fwd / X_bwd return them
     oracle(ar, work, **inputs)     -> a tuple of arrays in `ar`'s working precision
     oracle_bwd(ar, work, **inputs, **cotangents) -> likewise, one for each gradient
-    cost(work, which)              -> Cost of one pass
+    cost(work, which)              -> Cost of one pass, an expectation where inputs decide it
+    counted(work, which, arrays)   -> Cost for these arrays, in such a case
     reduction(work, name)          -> how many terms the sum behind an output or gradient has
-    probe(work)                    -> {name: Integers(...)}; None where there is a transcendental
+    probe(work)                    -> {name: Integers(...)}; None where there is a transcendental,
+                                      in every workload (no probe at all) or in this one
     plan(work, which, launch)      -> the Plan of one launch of our twins, None if it has none
     """
 
@@ -228,13 +306,45 @@ class Problem:
     reduction: Callable[[Workload, str], int]
     implementations: Mapping[str, str]  # twin -> "module:public function"
     peers: Mapping[str, str]  # name -> "module:function"
-    probe: Callable[[Workload], dict[str, Descriptor]] | None = None
+    probe: Callable[[Workload], dict[str, Descriptor] | None] | None = None
     plan: Callable[[Workload, str, Launch], Plan | None] | None = None
+    counted: Callable[[Workload, str, Mapping[str, Any]], Cost] | None = None
     bwd_options: tuple[str, ...] = ()  # which of the workload's options X_bwd takes too
     glue: tuple[str, ...] = ()  # framework operations a twin may use around its kernels
+    keywords: tuple[str, ...] = ()  # inputs that X takes by keyword
+    further: Mapping[str, Further] = field(default_factory=dict)  # pass -> the function behind it
+    faults: Mapping[Callable[[Any], Any], tuple[str, ...]] = field(default_factory=dict)
+    # as parity.faults.ANSWERS: wrong answers that only this problem can give
+
+    def reads(self, work: Workload, which: str) -> tuple[str, ...]:
+        """The arrays that a pass reads, by name."""
+        if which in self.further:
+            return self.further[which].reads
+        return (*self.inputs(work), *(self.cotangents(work) if which == "bwd" else ()))
+
+    def results(self, work: Workload, which: str) -> dict[str, Array]:
+        """What a pass returns."""
+        if which in self.further:
+            return self.further[which].outputs(work)
+        return (self.outputs if which == "fwd" else self.grads)(work)
+
+    def oracle_of(self, which: str) -> Callable[..., Any]:
+        if which in self.further:
+            return self.further[which].oracle
+        return self.oracle if which == "fwd" else self.oracle_bwd
+
+    def cost_of(self, work: Workload, which: str, arrays: Mapping[str, Any]) -> Cost:
+        """The cost for these arrays."""
+        return self.counted(work, which, arrays) if self.counted else self.cost(work, which)
 
     def workload(self, name: str) -> Workload:
         return next(w for w in self.workloads if w.name == name)
+
+
+def _with_dead_rows(x: np.ndarray, d: Normal | Integers) -> np.ndarray:
+    if d.live is not None:
+        x[d.live :] = -1 if x.dtype.kind == "i" else np.nan
+    return x
 
 
 def _np(name: str) -> np.dtype:

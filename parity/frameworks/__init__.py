@@ -22,10 +22,12 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+
+from parity.spec import Problem, Workload
 
 _cpu_mode: list[contextlib.ExitStack] = []
 
@@ -49,6 +51,7 @@ class Kernel:
     fwd: Callable[..., Any]
     bwd: Callable[..., Any]
     where: str  # the source file, hashed into records
+    beside: Mapping[str, Any] = field(default_factory=dict)  # what else that file defines
 
 
 def twin(name: str) -> ModuleType:
@@ -56,6 +59,35 @@ def twin(name: str) -> ModuleType:
     if name not in TWINS:
         raise ValueError(f"no twin {name!r}: expected one of {', '.join(TWINS)}")
     return importlib.import_module(TWINS[name])
+
+
+def prepared(
+    twin: ModuleType,
+    kernel: Kernel,
+    problem: Problem,
+    work: Workload,
+    which: str,
+    arrays: Mapping[str, Any],
+) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    """The function of a pass, its native arguments, and its options: static ones, and arrays that
+    the function takes by keyword. A backward's forward has run.
+
+    arrays: harness arrays by name.
+    """
+    if which in problem.further:
+        further = problem.further[which]
+        args = [twin.native(arrays[n]) for n in further.reads]
+        return kernel.beside[further.function], args, further.options(work)
+    inputs = {n: twin.native(arrays[n]) for n in problem.inputs(work)}
+    by_keyword = {n: x for n, x in inputs.items() if n in problem.keywords}
+    args = [x for n, x in inputs.items() if n not in by_keyword]
+    options = dict(work.options) | by_keyword
+    if which == "fwd":
+        return kernel.public, args, options
+    _, res = twin.run(kernel.fwd, args, options)
+    cotangents = [twin.native(arrays[n]) for n in problem.cotangents(work)]
+    options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
+    return kernel.bwd, [res, *cotangents], options
 
 
 def interpreters(*, detect_races: bool = True) -> None:

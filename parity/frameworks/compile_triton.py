@@ -4,6 +4,7 @@ Runs in a process of its own without the interpreter:
 `from parity.frameworks.compile_triton import main; main(cache)`.
 """
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def compile_one(gate: triton_compile_only.CompileOnly, request: Request) -> list
     kernel = load(request["implementation"])
     configs = Configs(kernel.public, request["config"])
     inputs = [_meta(d) for d in request["inputs"]]
+    by_keyword = {name: _meta(d) for name, d in request["keywords"].items()}
     cotangents = [_meta(d) for d in request["cotangents"]]
     # asked for the backward alone, a Config is the backward's
     keywords = configs.keywords if "fwd" in request["passes"] else {}
@@ -45,19 +47,26 @@ def compile_one(gate: triton_compile_only.CompileOnly, request: Request) -> list
 
     def forward() -> None:
         nonlocal res
-        _, res = kernel.fwd(*inputs, **request["options"], **keywords)
+        _, res = kernel.fwd(*inputs, **request["options"], **by_keyword, **keywords)
 
     def backward() -> None:
         kernel.bwd(res, *cotangents, **request["bwd_options"], **configs.keywords)
 
-    forward_rows, fails = _call(gate, request, "fwd", configs, forward)
-    if "fwd" in request["passes"]:
-        rows += forward_rows
+    fails = False
+    if {"fwd", "bwd"} & {*request["passes"]}:
+        forward_rows, fails = _call(gate, request, "fwd", configs, forward)
+        rows += forward_rows if "fwd" in request["passes"] else []
     if "bwd" in request["passes"]:
         if fails:
             rows.append(failure("bwd", request, "not compiled: the forward fails"))
         else:
             rows += _call(gate, request, "bwd", configs, backward)[0]
+    for which, further in request["further"].items():
+        if which in request["passes"]:
+            function = kernel.beside[further["function"]]
+            args = [_meta(d) for d in further["inputs"]]
+            call = functools.partial(function, *args, **further["options"], **configs.keywords)
+            rows += _call(gate, request, which, configs, call)[0]
     return rows
 
 

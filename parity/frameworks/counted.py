@@ -19,15 +19,7 @@ def main(target: str, stem: str, workload: str, which: str, twin: str) -> None:
     arrays = memory.draw(described.inputs(work) | described.cotangents(work), 0)
     language = frameworks.twin(twin)
     kernel = language.load(target)
-    inputs = [language.native(arrays[name]) for name in described.inputs(work)]
-    options = dict(work.options)
-    if which == "fwd":
-        fn, args = kernel.public, inputs
-    else:
-        _, res = language.run(kernel.fwd, inputs, options)
-        cotangents = [language.native(arrays[name]) for name in described.cotangents(work)]
-        fn, args = kernel.bwd, [res, *cotangents]
-        options = {k: v for k, v in options.items() if k in described.bwd_options}
+    fn, args, options = frameworks.prepared(language, kernel, described, work, which, arrays)
     call = language.thunk(fn, args, options)
     for _ in range(2):
         tracer.wait_for(call())

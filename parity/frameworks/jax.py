@@ -32,7 +32,7 @@ def load(target: str) -> Kernel:
     bwd = getattr(module, f"{public.__name__}_bwd", None)
     if fwd is None or bwd is None:
         fwd, bwd = _through_vjp(public)
-    return Kernel(public, fwd, bwd, str(module.__file__))
+    return Kernel(public, fwd, bwd, str(module.__file__), vars(module))
 
 
 def _through_vjp(public: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -89,7 +89,9 @@ def _jitted(fn: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Cal
 
 
 def _compiled(fn: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    return _jitted(fn, tuple(sorted(options.items())))
+    arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array)}
+    static = sorted((k, v) for k, v in options.items() if k not in arrays)
+    return functools.partial(_jitted(fn, tuple(static)), **arrays)
 
 
 def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
@@ -98,7 +100,7 @@ def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any])
     On a GPU the pool is dirtied with NaN first: an element nobody wrote shows.
     """
     if not frameworks.interpreted():
-        _dirty_pool(args)
+        _dirty_pool([*args, *options.values()])
         return jax.block_until_ready(_compiled(fn, options)(*args))
     from parity.frameworks import mosaic_interpreter
 
@@ -108,7 +110,8 @@ def run(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any])
 
 def _dirty_pool(args: Sequence[Any]) -> None:
     most = 1 << 30  # bytes: huge workloads need the memory themselves
-    sizes = [min(most, x.size * x.dtype.itemsize) for x in jax.tree.leaves(args)] or [0]
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+    sizes = [min(most, x.size * x.dtype.itemsize) for x in arrays] or [0]
     garbage = [jnp.full(max(1, size // 2), jnp.nan, jnp.bfloat16) for size in 2 * sizes]
     jax.block_until_ready(garbage)
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity import frameworks
 from parity.frameworks import Kernel, load_target
-from parity.spec import Descriptor, Integers, Keep, Normal, dtype_named
+from parity.spec import Descriptor, Integers, Keep, Normal, Routing, dtype_named
 
 TWIN = "triton"
 
@@ -39,7 +39,7 @@ def load(target: str) -> Kernel:
     bwd = getattr(module, f"{public.__name__}_bwd", None)
     if fwd is None or bwd is None:
         fwd, bwd = _through_autograd(public)
-    return Kernel(public, fwd, bwd, str(module.__file__))
+    return Kernel(public, fwd, bwd, str(module.__file__), vars(module))
 
 
 def _through_autograd(public: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -75,6 +75,8 @@ def draw(descriptors: Mapping[str, Descriptor], seed: int) -> dict[str, Any]:
 
 def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
     x = torch.empty(d.shape, dtype=dtype_named(torch, d.dtype), device="cuda")
+    if isinstance(d, Routing):
+        return x.copy_(_group_sizes(d, generator))
     flat = x.view(-1)
     step = 1 << 28  # elements at a time: the float32 draw of a huge array would not be small
     for start in range(0, flat.numel(), step):
@@ -90,7 +92,18 @@ def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
                 part.copy_(torch.rand(part.shape, generator=generator, device="cuda") < d.p)
     if isinstance(d, Keep):
         x[list(d.dead_rows)] = False
+    elif d.live is not None:
+        x[d.live :] = torch.nan if x.is_floating_point() else -1
     return x
+
+
+def _group_sizes(d: Routing, generator: torch.Generator) -> torch.Tensor:
+    if d.kind == "ragged":
+        return torch.from_numpy(d.draw(np.random.default_rng()))
+    share = torch.from_numpy(d.shares()).cuda()
+    share = share[torch.randperm(d.shape[0], generator=generator, device="cuda")]
+    experts = torch.multinomial(share, d.rows, replacement=True, generator=generator)
+    return torch.bincount(experts, minlength=d.shape[0])
 
 
 def native(x: Any) -> Any:
