@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import queue
@@ -273,12 +274,19 @@ _Answers = queue.Queue[tuple[_Task, list[dict[str, Any]], bool]]
 
 
 def find_sass(root: Path | None = None) -> Path | None:
-    """The environment whose CUDA plugin can compile Mosaic kernels: .venv-sass in the checkout, or
-    the one that runs. None where neither has it, or no C compiler can build the stand-in driver.
+    """The environment whose CUDA plugin can compile Mosaic kernels: .venv-sass in the checkout, the
+    one that runs, or the folder its jax plugins are in. None where none has it, or no C compiler
+    can build the stand-in driver.
     """
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return None
-    candidates = ((root or _ROOT) / ".venv-sass", Path(sys.prefix))
+    plugins = importlib.util.find_spec("jax_plugins")
+    places = (plugins and plugins.submodule_search_locations) or ()
+    candidates = [
+        (root or _ROOT) / ".venv-sass",
+        Path(sys.prefix),
+        *(Path(p).parent for p in places),
+    ]
     return next((c for c in candidates if _site_packages(c) is not None), None)
 
 

@@ -192,6 +192,12 @@ class Measured:
     def ceilings(self) -> timing.Ceilings:
         return timing.Ceilings(**{k: self.row["ceilings"][k] for k in _CEILINGS})
 
+    @property
+    def moved(self) -> float | None:
+        """Bytes that memory moved, where counters saw every launch."""
+        counted = [x.get("dram_bytes") for x in self.row.get("launches") or []]
+        return sum(counted) if counted and None not in counted else None
+
 
 _CEILINGS = ("copy_gbps", "read_gbps", "gemm_tflops")
 
@@ -291,7 +297,11 @@ class Explanation:
         busy = side.current.row.get("busy_us")
         if busy and len(side.kernels) > 1 and us - busy > 0.001 * us:
             parts.append(Part("between kernels", us - busy))
-        if not self.compute_bound:
+        moved = side.current.moved
+        if not self.compute_bound and moved is not None:
+            more = max(0.0, moved - self.cost.bytes) / c.copy_gbps / 1e3
+            parts.append(Part("more bytes than the least, counted", more))
+        elif not self.compute_bound:
             missed = sum(k.again for k in side.kernels if k.kept_in != "L1")
             for what, moved in (("intermediate results", side.extra), ("second reads", missed)):
                 if moved:
@@ -618,7 +628,14 @@ def _again(e: Explanation) -> Iterator[Sentence]:
                 "through which goes what is written, too. If no second read hit, "
                 f"{most:.0%} of the roof would be the most."
             )
-        if side.current is not None:
+        if side.current is not None and side.current.moved is not None:
+            counted = side.current.moved
+            missed = min(1.0, max(0.0, counted - e.cost.bytes) / side.again)
+            text += (
+                f" Counted: memory moved {size(counted)}, so that {1 - missed:.0%} of the second "
+                "reads or more were answered by a cache."
+            )
+        elif side.current is not None:
             us, gbps = side.current.us.p50, side.current.ceilings.copy_gbps
             moved = us * gbps * 1e3
             hit = 1 - max(0.0, moved - e.cost.bytes) / side.again
@@ -754,6 +771,11 @@ def _left(e: Explanation) -> Iterator[Sentence]:
                 f"{side.twin}'s {us:.1f} us are as fast as the ceiling allows ({parts[0].us:.1f} "
                 "us): nothing is unexplained."
             )
+        elif any(s.cause and s.twin == side.twin for rule in CAUSES for s in rule(e)):
+            text = (
+                f"Of {side.twin}'s {us:.1f} us: {told}; the other {rest:.1f} us ({rest / us:.0%}) "
+                "are the named cause's and what is unexplained."
+            )
         elif rest < 0.005 * us:
             text = f"{side.twin}'s {us:.1f} us can be accounted for: {told}."
         else:
@@ -773,6 +795,7 @@ def _kernels(e: Explanation) -> Iterator[tuple[Side, Kernel]]:
     return ((side, k) for side in e.sides for k in side.kernels)
 
 
+CAUSES = (_spills, _scattered, _occupied)  # the rules that name faults
 RULES: tuple[Callable[[Explanation], Iterator[Sentence]], ...] = (
     _bound,
     _compiled,

@@ -77,7 +77,7 @@ def run(args: Namespace) -> int:
         )
     if args.out:
         keep(args.out, measured)
-    broken = any(row.fails for row in rows)
+    broken = any(row.fails and row.registers is None for row in rows)  # nothing to explain
     if args.json:
         told = [explain.as_json(e) | (loops_json(e) if args.sass else {}) for e in found]
         print_json({"ok": not broken, "explanations": told})
@@ -196,8 +196,9 @@ def measure(
             kernel = next((r for r in ours if r.kernel in launch["name"]), None)
             if kernel is not None:
                 ours.remove(kernel)
-                launch["instructions"] = sass.parse(listing_of(kernel)).counts
-        source = f"measured now, {row['samples']} samples"
+                if counts := sass.parse(listing_of(kernel)).counts:
+                    launch["instructions"] = counts
+        source = f"this run of {row['samples']} samples"
         found[row["pass"]][row["impl"]] = explain.Measured(row, source)
     return found
 
