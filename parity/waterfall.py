@@ -30,13 +30,10 @@ class Step:
 class Waterfall:
     before: float  # us
     after: float
+    verdict: str  # FASTER, SLOWER, SAME or UNDECIDED, as `parity diff` decides
     steps: tuple[Step, ...]  # their us add up to after - before; the last is what is unexplained
     changed: tuple[str, ...]  # facts that differ, without a time
     missing: tuple[str, ...]  # what these rows do not hold
-
-    @property
-    def verdict(self) -> str:
-        return "slower" if self.after > self.before else "faster"
 
 
 def waterfall(before: Row, after: Row) -> Waterfall:
@@ -55,8 +52,14 @@ def waterfall(before: Row, after: Row) -> Waterfall:
     left = end - start - sum(step.us for step in steps)
     why = "what these rows do not hold" if steps else "these rows hold nothing that explains it"
     steps.append(Step("unexplained", left, why))
+    intervals = [timing.Interval.from_json(row["us"]) for row in (after, before)]
     return Waterfall(
-        start, end, tuple(steps), tuple(_changed(before, after)), tuple(_missing(before, after))
+        start,
+        end,
+        timing.verdict(*intervals),
+        tuple(steps),
+        tuple(_changed(before, after)),
+        tuple(_missing(before, after)),
     )
 
 

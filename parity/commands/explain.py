@@ -257,8 +257,8 @@ def compare(args: Namespace) -> int:
     name = f"{after['problem']} {after['workload']} {after['pass']} {after['impl']}"
     apart = found.after - found.before
     console.print(
-        f"{name}: {found.before:.1f} -> {found.after:.1f} us, {abs(apart):.1f} us "
-        f"{found.verdict} ({apart / found.before:+.1%}).",
+        f"{name}: {found.verdict}, {found.before:.1f} -> {found.after:.1f} us "
+        f"({apart:+.1f} us, {apart / found.before:+.1%}).",
         markup=False,
     )
     console.print(step_table(found, console.width))
