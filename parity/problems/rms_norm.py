@@ -131,8 +131,8 @@ def cost(work: Workload, which: str) -> Cost:
 
 
 def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
-    """Rows are tiles. Triton's code may walk over a row twice, Pallas' reads twice what its slots of
-    shared memory cannot hold; w is read for each tile or block, and the backward's blocks leave
+    """Rows are tiles. Triton's code may walk over a row twice, Pallas' reads twice what its slots
+    of shared memory cannot hold; w is read for each tile or block, and the backward's blocks leave
     partial sums of dw."""
     if launch.number or not {"block_m", "block_n"} <= launch.config.keys():
         return None

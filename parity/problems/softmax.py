@@ -117,8 +117,8 @@ def cost(work: Workload, which: str) -> Cost:
 
 
 def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
-    """Rows are tiles. Triton's code may walk over a row twice, Pallas' reads twice what its slots of
-    shared memory cannot hold."""
+    """Rows are tiles. Triton's code may walk over a row twice, Pallas' reads twice what its slots
+    of shared memory cannot hold."""
     if launch.number or not {"block_m", "block_n"} <= launch.config.keys():
         return None
     R, N, config = work["R"], work["N"], launch.config
