@@ -129,7 +129,7 @@ def mask_off_by_one(c: Case, by: int = 1) -> Any:
 
 def reduced_input(c: Case) -> str | None:
     """The input over whose last axis the forward sums."""
-    name = {"matmul": "a", "softmax": "x", "rms_norm": "x"}.get(c.problem.stem)
+    name = {"matmul": "a"}.get(c.problem.stem, "x")
     return None if c.which == "bwd" else name
 
 

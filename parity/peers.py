@@ -233,6 +233,151 @@ def jax_rms_norm(which: str, inputs: Arrays, cotangents: Arrays, options: Option
     )
 
 
+# moe_gemm
+
+
+def torch_grouped_mm(
+    which: str, inputs: Arrays, cotangents: Arrays, options: Options
+) -> Call | None:
+    """torch._grouped_mm; the fused forms are what a user writes around it, compiled.
+
+    Rows past the end, which it leaves unwritten, are set to zero where there are any. It wants
+    rows that start at multiples of 16 bytes, and gives its operands' dtype only.
+    """
+    import torch
+
+    x, w, sizes, rows, bias, row_scale = _torch(
+        inputs, "x", "w", "sizes", "rows", "bias", "row_scale"
+    )
+    if options.get("out_dtype") or any(t.stride(-2) * t.element_size() % 16 for t in (x, w)):
+        return None
+    (dy,) = _torch(cotangents, "dy")
+    ends = sizes.cumsum(0, dtype=torch.int32)
+    end = int(ends[-1])
+    w = w.transpose(1, 2) if options.get("transpose_w") else w
+
+    def grouped(x: Any, w: Any) -> Any:
+        y = torch._grouped_mm(x, w, offs=ends)
+        if end < y.shape[0]:
+            y[end:] = 0
+        return y
+
+    def weights(x: Any, dy: Any) -> Any:
+        dw = torch._grouped_mm(x.t(), dy, offs=ends)
+        return dw.transpose(1, 2) if options.get("transpose_w") else dw
+
+    plain = all(t is None for t in (rows, bias, row_scale)) and not options.get("activation")
+    if plain:
+        return {
+            "fwd": lambda: grouped(x, w),
+            "bwd": lambda: (grouped(dy, w.transpose(1, 2)), weights(x, dy)),
+            "dw": lambda: weights(x, dy),
+        }[which]
+    if bias is not None or row_scale is not None or end < (x if rows is None else rows).shape[0]:
+        return None  # no model has these by themselves
+
+    def fused(x: Any, w: Any) -> tuple[Any]:
+        h = torch._grouped_mm(x if rows is None else x[rows], w, offs=ends)
+        if options.get("activation"):
+            h = torch.nn.functional.silu(h[:, 0::2]) * h[:, 1::2]
+        return (h,)
+
+    return _compiled_form(which, fused, [x, w], [x, w], [dy])
+
+
+def cublas_dense(which: str, inputs: Arrays, cotangents: Arrays, options: Options) -> Call | None:
+    """One dense product of equal FLOPs: what cuBLAS makes of these rows if all have one expert.
+
+    Not for a few rows an expert: there the bytes of the weights decide, and it reads one expert's.
+    """
+    import torch
+
+    x, w, rows = _torch(inputs, "x", "w", "rows")
+    if rows is not None or options or x.shape[0] < 64 * w.shape[0]:
+        return None
+    (dy,) = _torch(cotangents, "dy")
+    call = {
+        "fwd": lambda: torch.mm(x, w[0]),
+        "bwd": lambda: (torch.mm(dy, w[0].t()), torch.mm(x.t(), dy)),
+        "dw": lambda: torch.mm(x.t(), dy),
+    }[which]
+    return _with_config(call, {"computes": "one dense product of equal FLOPs"})
+
+
+def jax_ragged_dot(which: str, inputs: Arrays, cotangents: Arrays, options: Options) -> Call | None:
+    """jax.lax.ragged_dot under jit, and its own gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    if {"rows", "bias", "row_scale"} & inputs.keys() or options.get("activation"):
+        return None
+    x, w, sizes = _jax(inputs, "x", "w", "sizes")
+    (dy,) = _jax(cotangents, "dy")
+    end = int(sizes.sum())
+
+    def product(x: Any, w: Any) -> tuple[Any]:
+        w = w.swapaxes(1, 2) if options.get("transpose_w") else w
+        return (jax.lax.ragged_dot(x, w, sizes, preferred_element_type=options.get("out_dtype")),)
+
+    if which == "fwd":
+        return functools.partial(jax.jit(product), x, w)
+    if end < x.shape[0]:  # its gradients read dead rows
+        x, dy = x.at[end:].set(0), dy.at[end:].set(0)
+    if which == "bwd":
+        return _jax_backward(product, [x, w], [dy])
+    dw = _jax_backward(lambda w: product(x, w), [w], [dy])
+    out_dtype = jnp.dtype(options.get("out_dtype", x.dtype))
+    if options.get("transpose_w") or out_dtype != x.dtype:
+        return None
+    return dw
+
+
+def jax_mosaic_ragged_dot(
+    which: str, inputs: Arrays, cotangents: Arrays, options: Options
+) -> Call | None:
+    """The Mosaic GPU examples in JAX's wheel, at the quickest of some of their searches' settings.
+
+    ragged_dot makes y and dx, transposed_ragged_dot dw.
+    """
+    if frameworks.interpreted() or options or {"rows", "bias", "row_scale"} & inputs.keys():
+        return None
+    try:
+        from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu as rows_example
+        from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu as weights_example
+    except ImportError:
+        return None
+    import jax
+
+    x, w, sizes = _jax(inputs, "x", "w", "sizes")
+    (dy,) = _jax(cotangents, "dy")
+
+    def grouped(transposed: bool, **tiles: int) -> Callable[..., Any]:
+        call = functools.partial(rows_example.ragged_dot, transpose_rhs=transposed, **tiles)
+        return jax.jit(lambda x, w, sizes: call(x, w, group_sizes=sizes))
+
+    def weights(**tiles: int) -> Callable[..., Any]:
+        call = functools.partial(weights_example.transposed_ragged_dot, **tiles)
+        return jax.jit(lambda x, dy, sizes: call(x.T, dy, group_sizes=sizes))
+
+    common = {"block_k": 64, "max_concurrent_steps": 4}
+    settings = [
+        common | {"block_m": m, "block_n": n, "grid_block_n": g}
+        for m, n, g in ((128, 128, 8), (128, 128, 1), (64, 128, 8), (64, 64, 8))
+    ]
+
+    def best(make: Callable[..., Any], *args: Any) -> Call:
+        return _quickest([(s, lambda s=s: functools.partial(make(**s), *args)) for s in settings])
+
+    if which == "fwd":
+        return best(functools.partial(grouped, False), x, w, sizes)
+    dw = best(weights, x, dy, sizes)
+    if which == "dw":
+        return dw
+    dx = best(functools.partial(grouped, True), dy, w, sizes)
+    parts = {"dx": dx.config, "dw": dw.config}  # type: ignore[attr-defined]
+    return _with_config(lambda: (dx(), dw()), parts)
+
+
 # the forms
 
 

@@ -42,13 +42,15 @@ def test_a_peer_computes_the_problem(p: Problem, work: Workload, which: str, nam
     call = make(which, inputs, cotangents, work.options)
     if call is None:
         pytest.skip("not installed here, needs a GPU, or has no such pass")
+    if "computes" in getattr(call, "config", {}):
+        pytest.skip("says itself that it computes something else")
     call()
     out = call()  # a second one must find its graph
-    seen = inputs | (cotangents if which == "bwd" else {})
+    seen = {n: arrays[n] for n in p.reads(work, which)}
     truth, _ = judge.truth_and_model(p, work, which, seen)
     outs = out if isinstance(out, (tuple, list)) else (out,)
     for y, r in zip(outs, truth, strict=True):
         twin = frameworks.twin("triton" if array_api_compat.is_torch_array(y) else "pallas")
         y = np.asarray(twin.harness(y), np.float64)
         assert np.linalg.norm(y - r) <= 2e-3 * np.linalg.norm(r)
-    assert all(np.array_equal(before[n], arrays[n]) for n in arrays)
+    assert all(before[n].tobytes() == arrays[n].tobytes() for n in arrays)  # NaN and all

@@ -5,15 +5,17 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-__all__ = ["matmul", "rms_norm", "softmax"]
+__all__ = ["grouped_gemm", "grouped_gemm_dw", "matmul", "rms_norm", "softmax"]
+# where a public function lies that has not its file's name
+_FILE = {"grouped_gemm": "moe_gemm", "grouped_gemm_dw": "moe_gemm"}
 
 
 def __getattr__(name: str) -> Any:
     # Importing the package imports neither torch nor triton; the first use of a name does.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.{name}")
-    return globals()[name]
+    module = import_module(f"{__name__}.{_FILE.get(name, name)}")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:
@@ -21,7 +23,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    # A public function is named like its file. Importing the file binds the file here, on the
+    # Most functions are named like their files. Importing such a file binds the file here, on the
     # function's name: bind the function instead. `from triton_kernels.matmul import Config` reaches
     # into the file all the same.
     def __setattr__(self, name: str, value: Any) -> None:

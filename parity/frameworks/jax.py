@@ -189,4 +189,8 @@ def library(stem: str) -> Callable[..., Any] | None:
         y = h * jax.lax.rsqrt(jnp.mean(h * h, axis=1, keepdims=True) + eps)
         return (y * w.astype(jnp.float32)).astype(x.dtype)
 
-    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}.get(stem)
+    def moe_gemm(x: Any, w: Any, sizes: Any, **options: Any) -> Any:
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    known = {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm, "moe_gemm": moe_gemm}
+    return known.get(stem)

@@ -255,4 +255,12 @@ def library(stem: str) -> Callable[..., Any] | None:
     def rms_norm(x: Any, w: Any, *, eps: float = 1e-6) -> Any:
         return torch.nn.functional.rms_norm(x.float(), x.shape[1:], w.float(), eps).to(x.dtype)
 
-    return {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm}.get(stem)
+    def moe_gemm(x: Any, w: Any, sizes: Any, **options: Any) -> Any:
+        ends = sizes.cumsum(0).tolist()
+        groups = zip([0, *ends], ends, w, strict=False)
+        live = [x[a:b].float() @ each.float() for a, b, each in groups]
+        dead = [x.new_zeros((x.shape[0] - ends[-1], w.shape[2])).float()]
+        return torch.cat(live + dead).to(x.dtype)
+
+    known = {"matmul": matmul, "softmax": softmax, "rms_norm": rms_norm, "moe_gemm": moe_gemm}
+    return known.get(stem)
