@@ -11,6 +11,7 @@ Programming Guide's table for compute capability 9.0; that so many bytes must be
 keep memory busy is Little's law, as Volkov applied it to GPUs (GTC 2010).
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -285,7 +286,18 @@ class Explanation:
 
     @cached_property
     def sentences(self) -> list[Sentence]:
-        return [*(s for rule in RULES for s in rule(self)), *self.counted]
+        found = [s for rule in RULES for s in rule(self)]
+        once = {s.text: s for s in found}  # two launches of one kernel say the same
+        return [*once.values(), *self.counted]
+
+    @property
+    def beside_us(self) -> float:
+        """What memory takes for the least bytes, where the tensor cores take longer and that is
+        worth telling; else 0."""
+        if self.ceilings is None or self.least_us is None or not self.compute_bound:
+            return 0.0
+        us = self.cost.bytes / self.ceilings.copy_gbps / 1e3
+        return us if us >= IDLE * self.least_us else 0.0
 
     def accounts(self, side: Side) -> list[Part]:
         """Where a side's measured time went, as far as that can be told; the last part is what
@@ -297,6 +309,8 @@ class Explanation:
         busy = side.current.row.get("busy_us")
         if busy and len(side.kernels) > 1 and us - busy > 0.001 * us:
             parts.append(Part("between kernels", us - busy))
+        if self.beside_us:
+            parts.append(Part("memory traffic beside it", self.beside_us, at_most=True))
         moved = side.current.moved
         if not self.compute_bound and moved is not None:
             more = max(0.0, moved - self.cost.bytes) / c.copy_gbps / 1e3
@@ -398,6 +412,8 @@ def explanation(
     twins: list[str] = [*(why_not or {}), *(row.twin for row in rows)]
     for twin in sorted(set(twins), key=TWINS.index):
         own = [row for row in rows if (row.twin, row.which) == (twin, which)]
+        if twin in measured:
+            own = _with_registers(own, measured[twin].row.get("launches") or [])
         kernels = []
         for number, row in enumerate(own):
             kernel = Kernel(row, listing(row))
@@ -411,6 +427,19 @@ def explanation(
     ceilings, source = ceilings_for(problem, measured)
     cost = problem.cost(work, which)
     return Explanation(problem, work, which, cost, tuple(sides), ceilings, source, tuple(counted))
+
+
+def _with_registers(rows: list[CompileRow], launches: list[Any]) -> list[CompileRow]:
+    """Where only a lowered module is known, the profiler's registers of the kernels that ran."""
+    found, left = [], list(launches)
+    for row in rows:
+        launch = next((x for x in left if row.kernel in x["name"]), None)
+        if launch is not None:
+            left.remove(launch)
+            if row.registers is None:
+                row = dataclasses.replace(row, registers=launch.get("registers"))
+        found.append(row)
+    return found
 
 
 # The rules. Each looks at the facts and says nothing unless its condition holds.
@@ -440,6 +469,18 @@ def _bound(e: Explanation) -> Iterator[Sentence]:
     )
 
 
+def _beside(e: Explanation) -> Iterator[Sentence]:
+    if e.beside_us and e.ceilings:
+        yield Sentence(
+            "beside",
+            "",
+            f"Its {size(e.cost.bytes)} take memory {e.beside_us:.1f} us at "
+            f"{e.ceilings.copy_gbps:.0f} GB/s: where tiles are not stored while the next are "
+            "multiplied, the two times add up.",
+            numbers={"us": e.beside_us},
+        )
+
+
 def _compiled(e: Explanation) -> Iterator[Sentence]:
     for side in e.sides:
         if side.why_not:
@@ -449,12 +490,13 @@ def _compiled(e: Explanation) -> Iterator[Sentence]:
                 text = f"{side.twin}'s {k.row.kernel} does not compile: {k.row.message}"
                 yield Sentence("broken", side.twin, text.rstrip(".") + ".", cause=True)
         if any(k.row.status == "lowered" for k in side.kernels):
+            ran = all(k.row.registers for k in side.kernels)
             yield Sentence(
                 "missing",
                 side.twin,
-                f"{side.twin}'s registers, spills and machine code are not known here: there is no "
-                "ptxas for it (`make sass` installs one). Grid, threads, shared memory and the "
-                "counts shown are those of the lowered module.",
+                f"{side.twin}'s {'' if ran else 'registers, '}spills and machine code are not "
+                "known here: there is no ptxas for it (`make sass` installs one). Grid, threads, "
+                "shared memory and the counts shown are those of the lowered module.",
             )
 
 
@@ -533,8 +575,8 @@ def _occupied(e: Explanation) -> Iterator[Sentence]:
                     "under-occupied",
                     side.twin,
                     f"{side.twin}'s {k.row.kernel} leaves the device under-occupied: {k.blocks} "
-                    f"blocks for {SMS} multiprocessors, of which {SMS - k.blocks} have nothing to "
-                    "do.",
+                    f"block{'s' * (k.blocks > 1)} for {SMS} multiprocessors, of which "
+                    f"{SMS - k.blocks} have nothing to do.",
                     cause=True,
                     numbers={"blocks": k.blocks},
                 )
@@ -798,6 +840,7 @@ def _kernels(e: Explanation) -> Iterator[tuple[Side, Kernel]]:
 CAUSES = (_spills, _scattered, _occupied)  # the rules that name faults
 RULES: tuple[Callable[[Explanation], Iterator[Sentence]], ...] = (
     _bound,
+    _beside,
     _compiled,
     _spills,
     _scattered,

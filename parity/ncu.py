@@ -133,7 +133,7 @@ def sentences(kernel: Mapping[str, Any], least: float) -> list[str]:
         ("occupancy", "of the warps that fit were there"),
         ("tensor", "of its cycles the tensor pipe was busy"),
     ):
-        if kernel.get(key) is not None:
+        if kernel.get(key):
             told.append(f"{kernel[key]:.0f}% {words}")
     stalls = sorted(kernel["stalls"].items(), key=lambda item: -item[1])[:2]
     for reason, warps in stalls:

@@ -170,7 +170,11 @@ def _ceilings(row: Row) -> timing.Ceilings:
 
 
 def _launches(row: Row) -> list[dict[str, Any]]:
-    return list(row.get("launches") or [])
+    """The launches under the names that both twins have in common."""
+    return [
+        dict(x, name=x["name"].removeprefix("_").removesuffix("_mosaic_gpu_kernel"))
+        for x in row.get("launches") or []
+    ]
 
 
 def _between(row: Row) -> float | None:

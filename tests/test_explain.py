@@ -191,6 +191,18 @@ def test_a_matrix_product_shares_its_operands():
     assert e.compute_bound and any("8.59 GB" in s.text for s in e.sentences)
 
 
+def test_stores_that_may_not_overlap():
+    (told,) = [
+        s
+        for s in made("matmul", "gemm_49152_49152_512", "fwd", [row()]).sentences
+        if s.topic == "beside"
+    ]
+    assert "4.93 GB" in told.text and 1000 < told.numbers["us"] < 1300
+    assert not [
+        s for s in made("matmul", "gemm_8192", "fwd", [row()]).sentences if s.topic == "beside"
+    ]
+
+
 # Measured time.
 
 
@@ -236,6 +248,16 @@ def test_a_time_of_another_config_is_not_accounted_for():
     assert e.accounts(e.sides[0]) == []
     assert "another Config" in e.sentences[-1].text and "stages 3" in e.sentences[-1].text
     assert "pallas" in explain.conclusion(e).split("another Config")[1]
+
+
+def test_a_profile_tells_the_registers_that_no_assembler_told():
+    lowered = row(registers=None, status="lowered", kernel="softmax_fwd_kernel", config=CONFIG)
+    ran = [launch("softmax_fwd_kernel_mosaic_gpu_kernel", 150.0, registers=168)]
+    m = explain.Measured(timed(150.0, config=CONFIG, launches=ran), "f.jsonl:1")
+    e = made("softmax", "softmax_4096x32768", "fwd", [lowered], {"pallas": m})
+    assert e.sides[0].kernels[0].row.registers == 168
+    (told,) = [s for s in e.sentences if s.topic == "missing"]
+    assert "registers, spills" not in told.text and "make sass" in told.text
 
 
 def test_every_committed_row_can_be_cited():

@@ -437,7 +437,10 @@ def launch_text(k: Kernel) -> str:
 
 
 def registers_text(k: Kernel) -> str:
-    return "" if k.row.registers is None else f"{k.row.registers}, {k.row.spills or 0} bytes"
+    if k.row.registers is None:
+        return ""
+    spills = "not known" if k.row.spills is None else f"{k.row.spills} bytes"
+    return f"{k.row.registers}, {spills}"
 
 
 def occupancy_text(k: Kernel) -> str:
