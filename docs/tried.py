@@ -8,7 +8,7 @@ RECORDS = HERE.parent / "parity" / "records" / "nvidia_h200"
 
 INTRO = """# What was tried
 
-Where a twin misses its speed bar, or meets it by a hair: what limits it, and the structures and
+Where a speed bar was hard to meet: what limits the twin, and the structures and
 Configs that were tried, each with what it was predicted to give and what it gave on an H200, as
 shares of a copy bandwidth of 4250 GB/s. What is shipped stands in the committed records, what was
 tried and dropped in `docs/tried.jsonl`. Rendered by `make docs`.
