@@ -275,7 +275,8 @@ def test_an_implementation_that_hangs_gets_a_verdict(tmp_path: Path, capsys):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from parity import cli, doctor, report, workers

@@ -208,7 +208,7 @@ def races() -> list[str]:
 
 
 _ACCESS = re.compile(
-    r"(read|write) of (.*?)\[(.*)\] from (\w*\(.*?\)|.*?), (\S+?:\d+)[: ]", re.MULTILINE
+    r"(read|write) of (.*?)\[(.*)\] from (\w*\(.*?\)|.*?), ([^\n]+?:\d+)[: ]", re.MULTILINE
 )
 
 
