@@ -6,6 +6,7 @@ and `install` adds:
     run_state           pl.run_state, and with it plgpu.ACC.init
     register_operand    wgmma with its first operand in registers
     accumulator_store   acc[...] = value
+    reshaped_store      ref.reshape(...)[...] = value
     predicated_store    copy_smem_to_gmem(predicate=...), which emit_pipeline's out_specs use
     atomics             plgpu.atomic_*: a read and a write, not one step
     dependent_launch    griddepcontrol: nothing to wait for
@@ -42,7 +43,8 @@ _ROOT = "jax._src.pallas.mosaic_gpu"
 _PRIVATE = {
     "callback": ("jax._src.callback", ("io_callback",)),
     "core": ("jax._src.core", ("DropVar", "Jaxpr", "Literal", "no_effects")),
-    "state": ("jax._src.state.types", ("AbstractRef", "TransformedRef")),
+    "state": ("jax._src.state.types", ("AbstractRef", "ReshapeTransform", "TransformedRef")),
+    "stores": ("jax._src.state.primitives", ("swap_p",)),
     "discharge": ("jax._src.state.discharge", ("run_state_p",)),
     "spaces": (f"{_ROOT}.core", ("MemorySpace",)),
     "primitives": (
@@ -323,6 +325,33 @@ def _accumulator_store(self: Any, eqn: Any, token: Any, values: list) -> tuple[A
     return _write(self, eqn, token, key, value), [value]
 
 
+def _reshapes(eqn: Any) -> bool:
+    J = _jax()
+    if eqn.primitive is not J.stores.swap_p:
+        return False
+    transforms = jax.tree.unflatten(eqn.params["tree"], eqn.invars[2:])
+    return any(isinstance(t, J.state.ReshapeTransform) for t in transforms)
+
+
+def _reshaped_store(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    key, new, *leaves = values
+    transforms = jax.tree.unflatten(eqn.params["tree"], leaves)
+    at = [isinstance(t, _jax().state.ReshapeTransform) for t in transforms].index(True)
+    before, after = tuple(transforms[:at]), transforms[at + 1 :]
+    # Counts as a read and a write of all that is reshaped.
+    token, whole = _read(self, eqn, token, key, eqn.invars[0].aval, before)
+    shaped = whole.reshape(transforms[at].shape)
+    index: tuple[Any, ...] = (...,)
+    if after:
+        (indexer,) = after
+        index = tuple(
+            slice(i.start, i.start + i.size) if isinstance(i, pl.Slice) else i
+            for i in indexer.indices
+        )
+    old, shaped = shaped[index], shaped.at[index].set(new)
+    return _write(self, eqn, token, key, shaped.reshape(whole.shape), before), [old]
+
+
 def _atomic(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
     operations = {
         "add": jnp.add,
@@ -386,6 +415,8 @@ def _rule(eqn: Any) -> Callable[..., tuple[Any, list]] | None:
     """What interprets this equation; None leaves it to the stock interpreter."""
     J = _jax()
     P = J.primitives
+    if _reshapes(eqn):
+        return _reshaped_store
     if eqn.primitive is P.wgmma_ref_p:
         in_registers = not isinstance(eqn.invars[1].aval, J.state.AbstractRef)
         return _register_operand if in_registers else None
@@ -568,6 +599,11 @@ def _accumulator_store_body(x: Any, y: Any) -> None:
     y[...] = pl.run_scoped(store, plgpu.ACC((64, 64), jnp.float32))
 
 
+def _reshaped_store_body(x: Any, y: Any, y_smem: Any) -> None:
+    y_smem.reshape(64, 64).at[:, pl.ds(0, 64)][...] = x[...].astype(jnp.float32)
+    y[...] = y_smem[:, :, 0]
+
+
 def _predicated_store_body(x: Any, y: Any, y_smem: Any) -> None:
     y_smem[...] = x[...].astype(jnp.float32)
     plgpu.commit_smem()
@@ -608,6 +644,7 @@ def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
         "run_state": _kernel(_run_state_body, *_tile()),
         "register_operand": _kernel(_register_operand_body, *_tile()),
         "accumulator_store": _kernel(_accumulator_store_body),
+        "reshaped_store": _kernel(_reshaped_store_body, plgpu.SMEM((64, 64, 1), jnp.float32)),
         "predicated_store": _kernel(_predicated_store_body, plgpu.SMEM((64, 64), jnp.float32)),
         "atomics": _kernel(_atomics_body),
         "dependent_launch": _kernel(_dependent_launch_body),
