@@ -184,7 +184,6 @@ SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 from parity import frameworks
-from parity.frameworks import mosaic_interpreter
 from pallas_kernels import matmul
 
 frameworks.interpreters()
@@ -200,9 +199,9 @@ for check_vma in (True, False):
     sharded = jax.shard_map(
         matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), check_vma=check_vma
     )
-    with mosaic_interpreter.watched():
-        for got, want in zip(grads(sharded), wanted, strict=True):
-            assert np.linalg.norm(np.float32(got) - want) < 1e-2 * np.linalg.norm(want)
+    # No race detector: of two devices at once it has said that a thread races with itself.
+    for got, want in zip(grads(sharded), wanted, strict=True):
+        assert np.linalg.norm(np.float32(got) - want) < 1e-2 * np.linalg.norm(want)
 """
 
 
