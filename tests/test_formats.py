@@ -20,8 +20,8 @@ THEIRS = {
 SMALL_FLOATS = [E4M3, E5M2, E2M1]
 small_floats = pytest.mark.parametrize("fmt", SMALL_FLOATS, ids=lambda f: f.name)
 
-any_float = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
-floats = hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=40), elements=any_float)
+# any bits are a float: NaNs with their payloads, infinities, subnormals
+floats = st.binary(max_size=512).map(lambda raw: np.frombuffer(raw[: len(raw) & ~3], np.float32))
 # near the formats' own range, where roundings differ
 near = hnp.arrays(np.float32, 64, elements=st.floats(-1000, 1000, width=32))
 
@@ -179,6 +179,34 @@ def test_every_e8m0_code():
     np.testing.assert_array_equal(values, there)
     for rounding in ("nearest", "floor", "ceil"):
         np.testing.assert_array_equal(formats.e8m0_encode(values, rounding=rounding), codes)
+
+
+# floats of sixteen bits, and what is not an array of floats
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_every_half_precision_number_is_lifted_exactly(dtype: type):
+    x = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    whole = x.astype(np.float32)
+    for fmt in SMALL_FLOATS:
+        np.testing.assert_array_equal(fmt.encode(x), fmt.encode(whole))
+    np.testing.assert_array_equal(formats.e8m0_encode(x), formats.e8m0_encode(whole))
+    one = np.float32(1)
+    np.testing.assert_array_equal(formats.int8_encode(x, one), formats.int8_encode(whole, one))
+    np.testing.assert_array_equal(formats.nf4_encode(x), formats.nf4_encode(whole))
+
+
+def test_a_number_stays_a_number():
+    x, one = np.array(0.75, np.float32), np.float32(1)
+    encoded = [fmt.encode(x) for fmt in SMALL_FLOATS]
+    encoded += [formats.e8m0_encode(x), formats.nf4_encode(x)]
+    encoded += [formats.int8_encode(x, one), formats.int4_encode(x, one)]
+    assert [c.shape for c in encoded] == [()] * 7
+    decoded = [fmt.decode(c) for fmt, c in zip(SMALL_FLOATS, encoded[:3], strict=True)]
+    decoded += [formats.e8m0_decode(encoded[3]), formats.nf4_decode(encoded[4])]
+    decoded += [formats.int8_decode(encoded[5], one), formats.int4_decode(encoded[6], one)]
+    assert [float(v) for v in decoded] == [0.75, 0.75, 1, 1, float(NF4[14]), 1, 1]
+    assert [v.shape for v in decoded] == [()] * 7
 
 
 # whole numbers

@@ -13,7 +13,7 @@ def lifted(x: np.ndarray, name: str = "x") -> np.ndarray:
     x = np.asarray(x)
     if x.dtype.name not in ("float32", "float16", "bfloat16"):
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}")
-    return np.ascontiguousarray(x, np.float32)
+    return np.asarray(x, np.float32, order="C")
 
 
 def codes(code: np.ndarray, bits: int, name: str = "code") -> np.ndarray:

@@ -90,7 +90,8 @@ class SmallFloat:
         """
         if not saturate and self.special == "none":
             raise ValueError(f"saturate: {self.name} has neither infinity nor NaN to overflow to")
-        raw = arguments.lifted(x).view(np.uint32)
+        x = arguments.lifted(x)
+        raw = np.atleast_1d(x).view(np.uint32)  # scalars would warn where they wrap around
         magnitude = raw & _MAGNITUDE
         # Subnormals of the format: adding this constant leaves the rounded code in the low bits.
         constant = np.float32(2.0 ** (24 - self.bias - self.mantissa_bits))
@@ -109,14 +110,14 @@ class SmallFloat:
         negative = raw >> np.uint32(31)
         if self.special == "none":
             negative = np.where(is_nan, np.uint32(0), negative)
-        return (code | negative << np.uint32(self.bits - 1)).astype(np.uint8)
+        return (code | negative << np.uint32(self.bits - 1)).astype(np.uint8).reshape(x.shape)
 
     def decode(self, code: np.ndarray) -> np.ndarray:
         """The values, float32, of whole numbers.
 
         Raises TypeError for other numbers, ValueError for a code of too many bits.
         """
-        return self.values[arguments.codes(code, self.bits)]
+        return np.asarray(self.values[arguments.codes(code, self.bits)])
 
 
 E4M3 = SmallFloat("e4m3", 4, 3, "nan")

@@ -31,7 +31,7 @@ def int8_encode(x: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
 
 def int8_decode(code: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     """code * scale in float32, rounded once."""
-    return np.asarray(code).astype(np.float32) * np.asarray(scale, np.float32)
+    return np.asarray(np.asarray(code, np.float32) * np.asarray(scale, np.float32))
 
 
 def int8_quantize(
@@ -82,7 +82,7 @@ def int4_encode(
     scale of 0 counts as 1. Raises TypeError for an x of another dtype.
     """
     zero = np.asarray(zero, np.int32)
-    return (_whole(x, scale, -zero, 15 - zero) + zero).astype(np.uint8)
+    return np.asarray(_whole(x, scale, -zero, 15 - zero) + zero, np.uint8)
 
 
 def int4_decode(
@@ -90,7 +90,7 @@ def int4_decode(
 ) -> np.ndarray:
     """(code - zero) * scale in float32, rounded once; code uint8, not packed."""
     steps = np.asarray(code, np.int32) - np.asarray(zero, np.int32)
-    return steps.astype(np.float32) * np.asarray(scale, np.float32)
+    return np.asarray(steps.astype(np.float32) * np.asarray(scale, np.float32))
 
 
 def int4_quantize(

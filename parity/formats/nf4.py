@@ -82,7 +82,7 @@ def nf4_encode(x: np.ndarray) -> np.ndarray:
 
 def nf4_decode(code: np.ndarray) -> np.ndarray:
     """The values, float32, of codes. TypeError unless whole numbers, ValueError outside 0 .. 15."""
-    return NF4[arguments.codes(code, 4)]
+    return np.asarray(NF4[arguments.codes(code, 4)])
 
 
 def nf4_quantize(
