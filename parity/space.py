@@ -24,6 +24,8 @@ AXES: Mapping[str, Axes] = {
         "warpgroups": (1, 2, 3),
         "cluster": (1, 2),
         "group_m": (4, 8, 16, 32),
+        "programs": (1, 2),
+        "decode": (0, 1),
     },
     "norm": {
         "block_n": (1024, 2048, 4096, 8192, 16384, 32768, 65536),

@@ -44,19 +44,23 @@ def test_one_twins_residuals_feed_the_others_backward(problem, work):
     """`res` means the same in both languages: fed with the same residuals, the backwards agree."""
     arrays, cotangents = _arrays(problem, work)
     options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
-    grads = {}
-    for name, other in (("triton", "pallas"), ("pallas", "triton")):
+    residuals, grads = {}, []
+    for name, other in (("triton", "triton"), ("pallas", "triton"), ("triton", "pallas")):
         ours, theirs = twin(name), twin(other)
-        kernel = theirs.load(problem.implementations[other])
-        _, args, given = prepared(theirs, kernel, problem, work, "fwd", arrays)
-        _, res = theirs.run(kernel.fwd, args, given)
-        res = tuple(None if x is None else ours.native(np.array(theirs.harness(x))) for x in res)
+        if other not in residuals:
+            kernel = theirs.load(problem.implementations[other])
+            _, args, given = prepared(theirs, kernel, problem, work, "fwd", arrays)
+            _, res = theirs.run(kernel.fwd, args, given)
+            residuals[other] = [None if x is None else np.array(theirs.harness(x)) for x in res]
+        res = tuple(None if x is None else ours.native(x) for x in residuals[other])
         bwd = ours.load(problem.implementations[name]).bwd
         out = ours.run(bwd, [res, *(ours.native(x) for x in cotangents)], options)
-        grads[name] = [ours.harness(x).astype(np.float64) for x in out]
-    for a, b, spec in zip(*grads.values(), problem.grads(work).values(), strict=True):
-        apart = np.linalg.norm(a - b) / np.linalg.norm(b)
-        assert apart < (1e-5 if spec.dtype == "float32" else 1e-3)
+        grads.append([ours.harness(x).astype(np.float64) for x in out])
+    for first, same, others, spec in zip(*grads, problem.grads(work).values(), strict=True):
+        size = np.linalg.norm(first)
+        assert np.linalg.norm(first - same) < (1e-5 if spec.dtype == "float32" else 1e-3) * size
+        # what a forward stores in 16 bits, the other may round the other way
+        assert np.linalg.norm(first - others) < 1e-3 * size
 
 
 class _Smooth(Arithmetic):

@@ -21,7 +21,12 @@ OWN_CONFIG_FIELDS = {
     "pallas_kernels/softmax": {"stages"},
 }
 # Kernels that one language alone needs, by "package/stem", each with its reason.
-OWN_KERNELS: dict[str, set[str]] = {}
+OWN_KERNELS: dict[str, set[str]] = {
+    # Pallas takes few rows per expert with the plain form
+    "triton_kernels/moe_gemm": {"moe_gemm_decode_kernel"},
+    # Triton gathers rows by pointers, on their way to shared memory
+    "pallas_kernels/moe_gemm": {"moe_gemm_gather_kernel"},
+}
 
 
 def tree(package: str, stem: str) -> ast.Module:

@@ -1,9 +1,14 @@
 """All problems, in the order in which they are best learned."""
 
-from parity.problems import matmul, rms_norm, softmax
+from parity.problems import matmul, moe_gemm, rms_norm, softmax
 from parity.spec import Problem
 
-PROBLEMS: tuple[Problem, ...] = (matmul.PROBLEM, softmax.PROBLEM, rms_norm.PROBLEM)
+PROBLEMS: tuple[Problem, ...] = (
+    matmul.PROBLEM,
+    softmax.PROBLEM,
+    rms_norm.PROBLEM,
+    moe_gemm.PROBLEM,
+)
 
 
 def problem(stem: str) -> Problem:
