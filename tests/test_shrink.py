@@ -167,7 +167,7 @@ def judged(p, work, which, wrong=lambda case: case.good, configs=(), like=lambda
     """
     drawn = draw({**p.inputs(work), **p.cotangents(work)}, 0)
     drawn = {n: like(x) for n, x in drawn.items()}
-    arrays = {n: x for n, x in drawn.items() if which == "bwd" or n in p.inputs(work)}
+    arrays = {n: drawn[n] for n in p.reads(work, which)}
     truth, model = truth_and_model(p, work, which, arrays)
     case = faults.case_of(p, work, which, arrays, truth, model)
     answer = wrong(case)
