@@ -30,6 +30,8 @@ UNFAIR = "the model itself fails on these inputs: float32 loses too much of them
 REASONS = ("shape", "dtype", "nonfinite", "zeros", "norm", "tile", "peak", "bias", "probe")
 
 Grid = np.ndarray  # [rows, columns]: an output whose leading axes are one; of a vector, one row
+# (case, which output) -> (a name, what went wrong in words, the answer) of each
+Suspects = Callable[[Case, int], Iterator[tuple[str, str, Grid]]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def diagnosis(
     outputs: tuple[Any, ...],
     failed: Verdict,
     configs: Sequence[Mapping[str, Any]] = (),
+    suspects: Suspects | None = None,
 ) -> dict[str, Any] | None:
     """What can be said of the output that failed, as JSON; None where there is nothing to look at.
 
@@ -79,6 +82,7 @@ def diagnosis(
         outputs: what the kernel returned.
         failed: the judge's verdict on one of them.
         configs: tile sizes of the kernels that ran, as frameworks.tiles finds them.
+        suspects: wrong answers to these inputs to compare with, instead of the planted faults'.
 
     Returns:
         output, shape; wrong, elements: how many; first_wrong: index, got, expected, looks, tile,
@@ -98,12 +102,12 @@ def diagnosis(
     right = case.good[at], case.truth[at], model[at]
     if not judge(failed.output, *right, spec, family=case.problem.family, terms=terms).ok:
         return {"output": failed.output, "unfair": UNFAIR}
-    y, r, m = (_grid(x) for x in (outputs[at], case.truth[at], model[at]))
+    y, r, m = (grid(x) for x in (outputs[at], case.truth[at], model[at]))
     wrong, allowed = wrong_elements(y, r, m, spec, family=case.problem.family, terms=terms)
     if failed.reason == "probe":
-        wrong = y != _grid(case.good[at])
+        wrong = y != grid(case.good[at])
     tiles = Tiles.of(configs, at, len(case.specs))
-    fault, because = _resemblance(case, at, y, r, wrong, allowed)
+    fault, because = _resemblance(case, at, y, r, wrong, allowed, suspects)
     return {
         "output": failed.output,
         "shape": list(spec.shape),
@@ -117,7 +121,7 @@ def diagnosis(
     }
 
 
-def _grid(x: Any) -> Grid:
+def grid(x: Any) -> Grid:
     """float64 on the host, [rows, columns]."""
     if not isinstance(x, np.ndarray):
         x = x.double().cpu().numpy()
@@ -127,7 +131,7 @@ def _grid(x: Any) -> Grid:
 
 def _outside(case: Case, at: int, y: Any, failed: Verdict) -> dict[str, Any]:
     """An answer of another shape or dtype: are its values right where there are any?"""
-    spec, y, r = case.specs[failed.output], np.atleast_2d(_grid(y)), _grid(case.good[at])
+    spec, y, r = case.specs[failed.output], np.atleast_2d(grid(y)), grid(case.good[at])
     found = {"output": failed.output, "shape": list(spec.shape), "looks_like": None, "because": ""}
     if y.shape == r.shape and _explains(y, r):
         return found | {
@@ -285,7 +289,13 @@ def _indices(at: np.ndarray, n: int, noun: str, block: int) -> str:
 
 
 def _resemblance(
-    case: Case, at: int, y: Grid, r: Grid, wrong: np.ndarray, allowed: float
+    case: Case,
+    at: int,
+    y: Grid,
+    r: Grid,
+    wrong: np.ndarray,
+    allowed: float,
+    suspects: Suspects | None = None,
 ) -> tuple[str | None, str]:
     """(the name of a fault or None, a sentence or "")."""
     blank = _blank(y, r, wrong)
@@ -301,7 +311,7 @@ def _resemblance(
     if 0 < int((wrong & kept).sum()) < FEW:
         left = min(left, 2 * allowed * float(np.linalg.norm(y[kept])) / error)
     if y.size <= MATCHED:
-        for fault, sentence, expected in _recomputed(case, at):
+        for fault, sentence, expected in (suspects or _recomputed)(case, at):
             finite = kept & np.isfinite(expected)
             apart = float(np.linalg.norm((y - expected)[finite])) / error
             if apart < left:
@@ -384,8 +394,8 @@ def _recomputed(case: Case, at: int) -> Iterator[tuple[str, str, Grid]]:
             answer = fault(case, **how)
         if answer is None or tuple(answer[at].shape) != tuple(case.good[at].shape):
             continue
-        expected = _grid(answer[at])
-        if np.array_equal(expected, _grid(case.good[at]), equal_nan=True):
+        expected = grid(answer[at])
+        if np.array_equal(expected, grid(case.good[at]), equal_nan=True):
             continue  # on these inputs it changes nothing
         sentence = " ".join((fault.__doc__ or "").split("\n\n")[0].split())
         sentence = sentence[:1].lower() + sentence[1:].rstrip(".")

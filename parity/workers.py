@@ -198,7 +198,7 @@ class _Worker:
 
         def expire() -> None:
             out_of_time.set()
-            _kill(process)
+            kill(process)
 
         def timed(limit: float) -> threading.Timer:
             timer = threading.Timer(limit, expire)
@@ -238,7 +238,7 @@ class _Worker:
         guilty = [under_way] if under_way in job.impls else list(job.impls)
         if out_of_time.is_set():
             return [], guilty, "timeout", f"no answer after {self.timeout:g} s"
-        return [], guilty, "crash", f"the process died: {_death(process.returncode)}"
+        return [], guilty, "crash", f"the process died: {death(process.returncode)}"
 
     def stop(self, *, for_good: bool = True) -> None:
         """Ends the process, from any thread; for good: it is not started again."""
@@ -247,7 +247,7 @@ class _Worker:
             process, self.process = self.process, None
         if process is None:
             return
-        _kill(process)
+        kill(process)
         process.wait()
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(BrokenPipeError):
@@ -274,14 +274,16 @@ def command(mode: str) -> list[str]:
     return [sys.executable, "-c", f"{code}from parity.workers import serve; serve({mode!r})"]
 
 
-def _kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
+    """Ends a process that leads its own session, and all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         process.kill()
 
 
-def _death(code: int | None) -> str:
+def death(code: int | None) -> str:
+    """How a process ended, in words."""
     if code is None or code >= 0:
         return f"it ended with exit code {code} before it answered"
     try:
@@ -342,7 +344,7 @@ def serve(mode: str) -> None:
 
         frameworks.interpreters() if mode == "cpu" else frameworks.gpu()
     except Exception as e:
-        _say(answers, {"broken": _sentence(e)})
+        _say(answers, {"broken": sentence(e)})
         raise
     for line in sys.stdin:
         job = Job(**json.loads(line))
@@ -359,10 +361,11 @@ def serve(mode: str) -> None:
             )
             rows = [row.to_json() for row in checks]
         except (Exception, SystemExit) as e:  # a kernel file may call sys.exit
-            rows = _verdicts(job, "crash", _sentence(e), time.perf_counter() - began)
+            rows = _verdicts(job, "crash", sentence(e), time.perf_counter() - began)
         _say(answers, {"rows": rows})
 
 
-def _sentence(e: BaseException) -> str:
+def sentence(e: BaseException) -> str:
+    """The kind of the exception and the first line of what it says."""
     words = str(e).strip().splitlines() or ["(no message)"]
     return f"{type(e).__name__}: {words[0][:300]}"

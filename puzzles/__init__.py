@@ -1,1 +1,11 @@
-"""The graded track on quantized kernels: being written. The `puzzles` command says what exists."""
+"""The graded track on quantized kernels: fill a hole, and be told what is wrong.
+
+puzzle.py    what a puzzle's folder describes      qNN/         the puzzles
+grade.py     the parent: seeds, right answers, verdicts, points
+process.py   the child process as the parent holds it
+child.py     the child: the learner's code under limits
+triton_side.py, pallas_side.py   one call, watched
+policy.py    what a solution may name              verdicts.py  every verdict, and what helps
+progress.py  the learner's file                    show.py      how a result looks
+author.py    the gates that every puzzle passes    cli.py, commands.py
+"""

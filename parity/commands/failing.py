@@ -226,7 +226,7 @@ def _show(
         line("smallest", _smallest(story))
     nearest = least if story else whole
     if first := nearest.get("first_wrong"):
-        line("first wrong", _element(nearest, first))
+        line("first wrong", element(nearest, first))
     elif detail := (story["check"] if story else row)["detail"]:
         line("there", detail)
     if whole.get("where"):
@@ -234,7 +234,7 @@ def _show(
         line("where", f"{whole['where']} ({count}in {row['workload']})")
     console.print(said)
     if whole.get("map"):
-        _show_map(console, row["workload"], whole)
+        show_map(console, row["workload"], whole)
     if story:
         console.print(f"  [bold]{escape(story['replay'])}[/]", soft_wrap=True)
 
@@ -254,7 +254,8 @@ def _smallest(story: Mapping[str, Any]) -> str:
     return f"{sizes} ({story['workload']} has {before}; {spent}{rest})"
 
 
-def _element(diagnosis: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+def element(diagnosis: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """The first wrong element in one line."""
     got, expected = (str(x) if isinstance(x, str) else f"{float(x):.6g}"
                      for x in (first["got"], first["expected"]))  # fmt: skip
     looks = f" ({first['looks']})" if first["looks"] else ""
@@ -276,7 +277,8 @@ SHADES: tuple[tuple[float, str, str, str], ...] = (
 RIGHT, NOT_FINITE = ("·", "."), "N"
 
 
-def _show_map(console: "rich.console.Console", name: str, diagnosis: Mapping[str, Any]) -> None:
+def show_map(console: "rich.console.Console", name: str, diagnosis: Mapping[str, Any]) -> None:
+    """Where an answer is wrong: one mark a tile, or a part of one."""
     from rich.text import Text
 
     found = diagnosis["map"]

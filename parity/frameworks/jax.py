@@ -147,6 +147,18 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                 yield from _equations(value)
 
 
+def _primitives(
+    fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> list[str]:
+    jaxpr = jax.make_jaxpr(functools.partial(fn, **options))(*args)
+    return [eqn.primitive.name for eqn in _equations(jaxpr.jaxpr)]
+
+
+def launched(fn: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> int:
+    """How many Mosaic kernels one call of fn names; one inside a loop counts once."""
+    return sum(name in _MOSAIC for name in _primitives(fn, args, options))
+
+
 def witness(
     fn: Callable[..., Any],
     args: Sequence[Any],
@@ -160,8 +172,7 @@ def witness(
     With `share`, on a GPU: nine tenths of the device time must be in Mosaic kernels (on real sizes;
     around a tiny kernel the glue takes longer than the kernel).
     """
-    jaxpr = jax.make_jaxpr(functools.partial(fn, **options))(*args)
-    names = [eqn.primitive.name for eqn in _equations(jaxpr.jaxpr)]
+    names = _primitives(fn, args, options)
     foreign = sorted(set(names) - _STRUCTURE - _MOSAIC - set(glue))
     wrong = [f"jax primitive {name} did part of the work" for name in foreign]
     if not _MOSAIC & set(names):

@@ -213,14 +213,19 @@ def witness(
     with triton_interpreter.launches() as launched, _Operations() as operations:
         fn(*args, **options)
     synchronize()
-    allowed = _STRUCTURE | set(glue)
-    foreign = sorted({op for op in operations.seen if op.split(".")[0] not in allowed})
-    wrong = [f"torch operation {op} did part of the work" for op in foreign]
+    wrong = foreign(operations.seen, glue)
     if not launched:
         wrong.append("no Triton kernel was launched")
     elif share and device() == "cuda":
         wrong += share_of_ours(lambda: fn(*args, **options), [launch.kernel for launch in launched])
     return wrong
+
+
+def foreign(operations: Sequence[str], glue: Sequence[str]) -> list[str]:
+    """A sentence for each of these torch operations that computes and is no glue."""
+    allowed = _STRUCTURE | set(glue)
+    found = sorted({op for op in operations if op.split(".")[0] not in allowed})
+    return [f"torch operation {op} did part of the work" for op in found]
 
 
 def share_of_ours(call: Callable[[], Any], ours: Sequence[str]) -> list[str]:

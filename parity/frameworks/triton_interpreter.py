@@ -10,6 +10,7 @@ the tests assert that each is still wrong, so that a fix upstream shows and a ru
 import contextlib
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,9 +33,46 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]  # by parameter name, without num_warps and the like
 
 
+@dataclass
+class Traffic:
+    """Bytes that interpreted kernels moved between memory and registers; masked lanes do not."""
+
+    read: int = 0
+    written: int = 0
+
+
 @contextlib.contextmanager
-def launches() -> Iterator[list[Launch]]:
-    """The Triton kernels launched inside the block, interpreted or compiled."""
+def traffic() -> Iterator[Traffic]:
+    """Counts what the kernels inside load and store through pointers and descriptors."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    moved = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def size(pointers: Any, mask: Any) -> int:
+        return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+
+    def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        moved.read += size(ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        moved.written += size(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", loaded),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", stored),
+    ):
+        yield moved
+
+
+@contextlib.contextmanager
+def launches(*, ghost: bool = False) -> Iterator[list[Launch]]:
+    """The Triton kernels launched inside the block, interpreted or compiled.
+
+    ghost: they are noted and do nothing.
+    """
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
@@ -47,7 +85,7 @@ def launches() -> Iterator[list[Launch]]:
         named = {k: v for k, v in kwargs.items() if k in parameters}
         given = dict(zip(parameters, args, strict=False)) | named
         seen.append(Launch(getattr(self.fn, "__name__", str(self.fn)), given))
-        return launch(self, *args, **kwargs)
+        return None if ghost else launch(self, *args, **kwargs)
 
     with mock.patch.object(owner, method, recorded):
         yield seen

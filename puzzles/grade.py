@@ -1,0 +1,468 @@
+"""The grader's parent: seeds, cases, right answers, verdicts, points. No framework is loaded here.
+
+    read the file        syntax, allow-list                        nothing runs yet
+    public cases         which never change, and then fresh ones from a seed that is printed
+    each case            shape, dtype, poison, values; guard bands, inputs, launches, foreign work
+    the first case       once more, bit for bit equal; then once more on other numbers
+    ghost replay         with kernels that do nothing the answer must be wrong
+    a failure            the smallest case that fails the same way, and the mutant it looks like
+
+parity's judge decides whether values are right, its shrink finds the smallest case, its diagnosis
+says what is wrong with it.
+"""
+
+import contextlib
+import hashlib
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from parity import diagnose, faults, shrink
+from parity.judge import Verdict, judge, judge_exact
+from parity.spec import Arithmetic, Workload
+from puzzles import policy
+from puzzles.process import Child
+from puzzles.puzzle import Puzzle
+from puzzles.seen import unwritten
+from puzzles.verdicts import OF_JUDGE
+
+ENOUGH = 0.6  # of the cases must be right before constraints earn points
+SHRINK_SECONDS = 6.0
+SHRINK_TRIES = 60
+EXPLAINED = (
+    "wrong_value", "not_written", "past_the_end", "raised", "wrong_shape", "wrong_dtype"
+)  # fmt: skip
+FATAL = ("timeout", "flood", "forged", "outside", "patched")  # no further case is tried
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case. On failure `verdict` is a word of puzzles.verdicts and `detail` a sentence."""
+
+    case: str
+    sizes: Mapping[str, int]
+    verdict: str
+    detail: str = ""
+    seconds: float = 0.0
+    error: float = math.nan
+    line: int | None = None  # of the learner's file
+    code: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "pass"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    name: str
+    measured: float | None  # None: not metered for this backend
+    limit: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Story:
+    """What is known of a failure."""
+
+    case: str
+    sizes: Mapping[str, int]
+    smallest: Mapping[str, int]
+    complete: bool
+    tries: int
+    diagnosis: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    puzzle: str
+    version: int
+    backend: str
+    seed: str
+    source: str  # a hash of the file
+    verdict: str
+    detail: str
+    outcomes: tuple[Outcome, ...]
+    constraints: tuple[Constraint, ...] = ()
+    story: Story | None = None
+    points: Mapping[str, float] = field(default_factory=dict)
+    possible: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    output: str = ""  # what the learner's code printed, the beginning
+    unchanged: bool = False  # it is still the skeleton
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "pass"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+
+def grade(
+    puzzle: Puzzle,
+    backend: str,
+    source: str,
+    *,
+    seed: str = "",
+    explain: bool = True,
+    hasty: bool = False,
+    child: Child | None = None,
+    tell: Callable[[str], None] = lambda phrase: None,
+) -> Result:
+    """Grades the text of a solution; whatever it does, the answer is a Result.
+
+    Args:
+        seed: hexadecimal, of the fresh cases; "" draws one.
+        explain: shrink and diagnose a failure.
+        hasty: the first case that fails is the last.
+        child: a process to use, and to leave running.
+        tell: called with a short phrase before each step.
+
+    Raises parity.workers.Broken if this machine cannot run the backend at all.
+    """
+    began = time.perf_counter()
+    seed = seed or secrets.token_hex(4)
+    run = _Run(puzzle, backend, source, seed, tell)
+    if (found := run.read()) is None:
+        with contextlib.ExitStack() as mine:
+            if child is None:
+                child = mine.enter_context(Child(backend, puzzle.limits))
+            found = run.run(child, explain, hasty)
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+class _Run:
+    def __init__(
+        self, puzzle: Puzzle, backend: str, source: str, seed: str, tell: Callable[[str], None]
+    ) -> None:
+        self.puzzle, self.backend, self.source, self.seed = puzzle, backend, source, seed
+        self.tell = tell
+        self.cases = puzzle.cases(np.random.default_rng(int(seed, 16)))
+        self.outcomes: list[Outcome] = []
+        self.seen: list[Mapping[str, Any]] = []
+
+    def result(self, verdict: str, detail: str, **more: Any) -> Result:
+        points = self.puzzle.points
+        share = sum(o.ok for o in self.outcomes) / len(self.cases)
+        kept: tuple[Constraint, ...] = more.get("constraints", ())
+        earned = share if verdict not in ("no_launch", "no_effect", "foreign_work") else 0.0
+        constrained = sum(c.ok for c in kept) / len(kept) if kept and earned >= ENOUGH else 0.0
+        if verdict not in ("pass", "wrong_value", "not_written"):
+            constrained = 0.0
+        return Result(
+            puzzle=self.puzzle.id,
+            version=self.puzzle.version,
+            backend=self.backend,
+            seed=self.seed,
+            source=hashlib.sha256(self.source.encode()).hexdigest()[:12],
+            verdict=verdict,
+            detail=detail,
+            outcomes=tuple(self.outcomes),
+            points={
+                "correctness": round(points.correctness * earned, 1),
+                "constraints": round(points.constraints * constrained, 1),
+                "speed": 0.0,
+            },
+            possible=asdict(points),
+            unchanged=self.source == self.puzzle.skeleton(self.backend),
+            **more,
+        )
+
+    def read(self) -> Result | None:
+        """What can be said before anything runs."""
+        try:
+            wrong = policy.broken(self.source, self.puzzle.allow)
+        except (SyntaxError, ValueError) as e:
+            line = getattr(e, "lineno", None)
+            self.outcomes.append(
+                Outcome("reading", {}, "syntax_error", str(getattr(e, "msg", e)), line=line,
+                        code=(getattr(e, "text", "") or "").strip())
+            )  # fmt: skip
+            where = f"line {line}: " if line else ""
+            return self.result("syntax_error", f"{where}{getattr(e, 'msg', e)}")
+        if not wrong:
+            return None
+        first = wrong[0]
+        code = self.source.splitlines()[first.line - 1].strip() if first.line else ""
+        self.outcomes.append(
+            Outcome("reading", {}, "forbidden", first.sentence, line=first.line, code=code)
+        )
+        return self.result("forbidden", f"line {first.line}: {first.sentence}")
+
+    def run(self, child: Child, explain: bool, hasty: bool) -> Result:
+        self.child = child
+        loaded = child.load(self.source)
+        if not loaded["ok"]:
+            self.outcomes.append(self._failed("importing", {}, loaded))
+            return self.result(loaded["verdict"], loaded["detail"], output=child.output())
+        for number, case in enumerate(self.cases):
+            self.tell(f"case {number + 1} of {len(self.cases)}: {case.name}")
+            self.outcomes.append(self.judged(case, number))
+            if self.outcomes[-1].verdict in FATAL or (hasty and not self.outcomes[-1].ok):
+                break
+        bad = next((o for o in self.outcomes if not o.ok), None)
+        if bad is None:
+            bad = self.behaviour()
+            if bad is not None:
+                self.outcomes.append(bad)
+        constraints = self.constraints()
+        story = None
+        if bad is not None and explain and bad.verdict in EXPLAINED:
+            self.tell("looking for the smallest case that fails")
+            story = self.story(bad)
+        output = child.output()
+        verdict = bad.verdict if bad else "pass"
+        detail = f"{bad.detail} (case {bad.case})" if bad and bad.detail else ""
+        return self.result(verdict, detail, constraints=constraints, story=story, output=output)
+
+    # One case.
+
+    def arrays(self, case: Workload, number: int) -> dict[str, np.ndarray]:
+        """The inputs: of public cases always the same ones, of fresh ones the seed's."""
+        public = number < len(self.puzzle.problem.workloads)
+        rng = np.random.default_rng([number] if public else [int(self.seed, 16), number])
+        return {n: d.draw(rng) for n, d in self.puzzle.problem.inputs(case).items()}
+
+    def judged(self, case: Workload, number: int) -> Outcome:
+        return self.verdict(case, self.arrays(case, number))[0]
+
+    def verdict(
+        self, case: Workload, arrays: Mapping[str, np.ndarray]
+    ) -> tuple[Outcome, "Answer | None"]:
+        """Runs one case and judges it."""
+        answer = self.child.call(arrays, case.options, self.puzzle.glue)
+        if not answer["ok"]:
+            return self._failed(case.name, case.sizes, answer), None
+        seen, outputs = answer["seen"], answer["outputs"]
+        self.seen.append(seen)
+        judgement = judged(self.puzzle, case, arrays, outputs)
+        bad, error = judgement.bad, judgement.error
+        word = detail = ""
+        if seen["changed"]:
+            word, detail = "input_changed", f"{', '.join(seen['changed'])} changed"
+        elif seen["beside"]:
+            word, detail = "past_the_end", f"beside {seen['beside'][0]}"
+        elif bad is not None:
+            word, detail = OF_JUDGE.get(bad.reason, "wrong_value"), bad.detail
+            if word == "wrong_value" and (count := judgement.unwritten(outputs, arrays, seen)):
+                word = "not_written"
+                detail = f"{count} elements of {bad.output} were never written"
+        elif seen["foreign"]:
+            word, detail = "foreign_work", seen["foreign"][0]
+        elif not seen["launches"] and math.prod(case.sizes.values()):
+            word, detail = "no_launch", "solve launched no kernel"
+        outcome = Outcome(
+            case.name, dict(case.sizes), word or "pass", detail, answer["seconds"], error
+        )
+        return outcome, Answer(arrays, outputs, judgement)
+
+    def _failed(self, name: str, sizes: Mapping[str, int], answer: Mapping[str, Any]) -> Outcome:
+        return Outcome(
+            name, dict(sizes), answer["verdict"], answer["detail"],
+            line=answer.get("line"), code=answer.get("code") or "",
+        )  # fmt: skip
+
+    # What no single case shows.
+
+    def behaviour(self) -> Outcome | None:
+        """Memory, chance, and kernels that do not matter: on the largest case."""
+        self.tell("the same again, other numbers, and with kernels that do nothing")
+        number = max(range(len(self.cases)), key=lambda i: math.prod(self.cases[i].sizes.values()))
+        case = self.cases[number]
+        arrays = self.arrays(case, number)
+        rng = np.random.default_rng([int(self.seed, 16), len(self.cases)])
+        others = {n: d.draw(rng) for n, d in self.puzzle.problem.inputs(case).items()}
+
+        def failed(verdict: str, detail: str) -> Outcome:
+            return Outcome(case.name, dict(case.sizes), verdict, detail)
+
+        runs = []
+        for given in (arrays, others, arrays):
+            answer = self.child.call(given, case.options, self.puzzle.glue)
+            if not answer["ok"]:
+                return self._failed(case.name, case.sizes, answer)
+            runs.append(answer["outputs"])
+        first, second, third = ([x.tobytes() for x in run] for run in runs)
+        if first != third:
+            return failed("nondeterministic", "two calls with the same input differ")
+        bad = judged(self.puzzle, case, others, runs[1]).bad
+        if bad is not None and any(a == b for a, b in zip(first, second, strict=False)):
+            return failed("cached", "other numbers of the same shape got the same answer")
+        if bad is not None:
+            return failed("wrong_value", f"on other numbers: {bad.detail}")
+        ghost = self.child.call(arrays, case.options, self.puzzle.glue, do="ghost")
+        if ghost["ok"] and judged(self.puzzle, case, arrays, ghost["outputs"]).bad is None:
+            return failed("no_effect", "the answer is right although no kernel did anything")
+        return None
+
+    def constraints(self) -> tuple[Constraint, ...]:
+        limits = self.puzzle.limits
+        if not self.seen:
+            return ()
+        launches = max(seen["launches"] for seen in self.seen)
+        found = [Constraint("launches", launches, limits.launches, launches <= limits.launches)]
+        reads = [s["read"] / s["inputs"] for s in self.seen if s["read"] is not None and s["inputs"]
+                 and s["inputs"] >= SMALL]  # fmt: skip
+        if reads:
+            most = max(reads)
+            found.append(Constraint("reads", most, limits.reads, most <= limits.reads * SLACK))
+        else:
+            found.append(Constraint("reads", None, limits.reads, True))
+        return tuple(found)
+
+    # A failure.
+
+    def story(self, bad: Outcome) -> Story | None:
+        """The smallest case that fails with the same verdict, and what is wrong there."""
+        number = next((i for i, c in enumerate(self.cases) if c.name == bad.case), None)
+        if number is None:
+            return None
+        case = self.cases[number]
+        kept: dict[tuple, tuple[Workload, Outcome, Answer | None]] = {}
+
+        def fails(tried: shrink.Case) -> bool:
+            try:
+                smaller = shrink.resized(self.puzzle.problem, case, tried.sizes)
+                arrays = self.arrays(smaller, number)
+            except ValueError:
+                return False
+            outcome, answer = self.verdict(smaller, arrays)
+            kept[tried.key] = (smaller, outcome, answer)
+            return outcome.verdict == bad.verdict
+
+        start = shrink.Case(dict(case.sizes))
+        seen = list(self.seen)
+        if not fails(start):  # it only fails after the calls before it
+            return None
+        found = shrink.shrink(start, (), fails, tries=SHRINK_TRIES, seconds=SHRINK_SECONDS)
+        self.seen = seen
+        _, _, whole = kept[start.key]
+        smallest, _, least = kept[found.case.key]
+        diagnosis = None
+        for tried, answer in ((case, whole), (smallest, least)):
+            told = self.diagnosis(tried, answer) if answer is not None else None
+            if told and (diagnosis is None or not diagnosis["looks_like"]):
+                first = {"first_wrong": told["first_wrong"]} if "first_wrong" in told else {}
+                keep = {"map": diagnosis["map"], "where": diagnosis["where"]} if diagnosis else {}
+                diagnosis = {**told, **keep, **first}
+            elif told and diagnosis and "first_wrong" in told:
+                diagnosis = {**diagnosis, "first_wrong": told["first_wrong"]}
+        return Story(
+            bad.case, dict(case.sizes), dict(found.case.sizes), found.complete, found.tries,
+            diagnosis,
+        )  # fmt: skip
+
+    def diagnosis(self, case: Workload, answer: "Answer") -> dict[str, Any] | None:
+        bad, problem = answer.judgement.bad, self.puzzle.problem
+        if bad is None or bad.reason not in diagnose.REASONS:
+            return None
+        with np.errstate(invalid="ignore"):
+            of_case = faults.case_of(
+                problem, case, "fwd", answer.arrays, answer.judgement.truth, answer.judgement.model
+            )
+        outputs = tuple(answer.outputs)
+
+        def suspects(_: Any, at: int) -> Any:
+            for mutant in self.puzzle.mutants:
+                if self.backend not in mutant.edits:
+                    continue
+                made = self.child.load(mutant.source(self.puzzle, self.backend), other=True)
+                made = self.child.call(answer.arrays, case.options, ()) if made["ok"] else made
+                if not made["ok"] or len(made["outputs"]) != len(outputs):
+                    continue
+                wrong = made["outputs"][at]
+                if wrong.shape == outputs[at].shape:
+                    yield mutant.name, mutant.says, diagnose.grid(wrong)
+
+        try:
+            with np.errstate(invalid="ignore"):  # NaN has no code
+                return diagnose.diagnosis(
+                    of_case, answer.judgement.model, outputs, bad, (), suspects
+                )
+        finally:
+            self.child.load(self.source)
+
+
+SMALL = 1024  # bytes of input from which the share of reads is counted
+SLACK = 1.05  # over the limit on reads: scales and the like are read too
+
+
+@dataclass(frozen=True)
+class Judgement:
+    bad: Verdict | None
+    error: float
+    truth: tuple[np.ndarray, ...]
+    model: tuple[np.ndarray, ...]
+    specs: tuple[tuple[str, Any], ...]
+
+    def unwritten(
+        self,
+        outputs: list[np.ndarray],
+        arrays: Mapping[str, np.ndarray],
+        seen: Mapping[str, Any],
+    ) -> int:
+        """How many elements of the bad output were never written, if that is all that is wrong."""
+        spread = any(x.dtype.kind == "f" and np.isnan(x).any() for x in arrays.values())
+        if self.bad is None or (seen["any_nan"] and spread):
+            return 0
+        at = [name for name, _ in self.specs].index(self.bad.output)
+        wrong = np.asarray(outputs[at], np.float64) != self.truth[at]
+        blank = unwritten(outputs[at], seen["any_nan"]) & wrong
+        near = np.isclose(np.asarray(outputs[at], np.float64), self.truth[at], rtol=1e-2)
+        return int(blank.sum()) if (blank | ~wrong | near).all() else 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for some inputs, and what was found of it."""
+
+    arrays: Mapping[str, np.ndarray]
+    outputs: list[np.ndarray]
+    judgement: Judgement
+
+
+def judged(
+    puzzle: Puzzle,
+    case: Workload,
+    arrays: Mapping[str, np.ndarray],
+    outputs: list[np.ndarray],
+) -> Judgement:
+    """The first output that is wrong, if any.
+
+    Floats are judged by parity's rules; exact outputs must be right bit for bit.
+    """
+    problem = puzzle.problem
+    specs = problem.outputs(case)
+    truth, model = (
+        tuple(np.asarray(x, np.float64 if ar.working == "float64" else np.float32)
+              for x in problem.oracle(ar, case, **arrays))
+        for ar in (Arithmetic.truth(np), Arithmetic.model(np))
+    )  # fmt: skip
+    told = tuple(specs.items())
+    if len(outputs) != len(specs):
+        detail = f"solve returned {len(outputs)} arrays, expected {len(specs)}: {', '.join(specs)}"
+        return Judgement(Verdict("outputs", False, "shape", detail), math.nan, truth, model, told)
+    found = dict(zip(specs, outputs, strict=True))
+    judged_floats = [
+        judge(n, found[n], r, m, specs[n], family=problem.family, terms=problem.reduction(case, n))
+        for n, r, m in zip(specs, truth, model, strict=True)
+        if n not in puzzle.exact
+    ]
+    bad = next((v for v in judged_floats if not v.ok), None)
+    if bad is not None and bad.error == bad.error:
+        off = f"{bad.output} is off by {bad.error:.2g} of its size"
+        bad = replace(bad, detail=f"{off}, where rounding explains {bad.yardstick:.1g}")
+    error = max((v.error for v in judged_floats), default=0.0)
+    for n, r in zip(specs, truth, strict=True):
+        if bad is None and n in puzzle.exact:
+            v = judge_exact(n, found[n], r, specs[n])
+            if not v.ok:
+                detail = v.detail.replace(" on whole numbers", "").replace(" exactly", "")
+                bad = replace(v, detail=detail)
+    return Judgement(bad, error, truth, model, told)

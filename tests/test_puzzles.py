@@ -1,0 +1,351 @@
+"""The graded track: its gates, the verdicts on bad input, cheats, and the learner's commands."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity.commands.shared import Stop
+from puzzles import author, policy, verdicts
+from puzzles.cli import main
+from puzzles.grade import Result, grade
+from puzzles.process import Child
+from puzzles.progress import Progress
+from puzzles.puzzle import HOLE, HOME, Puzzle, load, skeleton_of, track
+
+Q01 = load(HOME / "q01")
+SEED = author.SEED
+BACKENDS = ("triton", "pallas")
+
+
+# What can be read off the folders
+
+
+@pytest.mark.parametrize("puzzle", track(), ids=lambda p: p.id)
+def test_a_puzzle_keeps_to_the_form(puzzle: Puzzle):
+    wrong = [gate for gate in author.statement_gates(puzzle) if not gate.ok]
+    assert not wrong
+    for backend in puzzle.backends:
+        for text in (puzzle.solution(backend), puzzle.skeleton(backend)):
+            assert not policy.broken(text, puzzle.allow)
+        for mutant in puzzle.mutants:
+            assert mutant.verdict in verdicts.VERDICTS
+            if backend in mutant.edits:
+                mutant.source(puzzle, backend)
+
+
+def test_a_skeleton_is_the_solution_with_holes():
+    text = (
+        "def f(x):\n    # BEGIN SOLUTION\n    # 1. double it\n    # INSTEAD return x\n"
+        "    # why\n    return 2 * x  # a secret\n    # END SOLUTION\n\n\ndef g():\n"
+        "    y = 1\n    # BEGIN SOLUTION\n    y += 1\n    # END SOLUTION\n    return y\n"
+    )
+    assert skeleton_of(text) == (
+        f"def f(x):\n    # 1. double it\n    # why\n    {HOLE}\n    return x\n\n\ndef g():\n"
+        f"    y = 1\n    {HOLE}\n    return y\n"
+    )
+
+
+# The gates, where a puzzle runs
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[dict[str, Child]]:
+    with Child("triton", Q01.limits) as triton, Child("pallas", Q01.limits) as pallas:
+        yield {"triton": triton, "pallas": pallas}
+
+
+def test_a_solution_passes_cold():
+    assert author.solution_gate(Q01, "triton").detail == "pass, 10 of 10 points"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_skeleton_fails(backend: str, children: dict[str, Child]):
+    assert author.skeleton_gate(Q01, backend, children[backend]).ok
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_mutant_gets_its_verdict(backend: str, children: dict[str, Child]):
+    for mutant in Q01.mutants:
+        if backend in mutant.edits:
+            assert author.mutant_gate(Q01, backend, mutant, children[backend]).ok
+
+
+# A failure is explained
+
+
+def test_a_mistake_is_named_and_shrunk(children: dict[str, Child]):
+    mutant = next(m for m in Q01.mutants if m.name == "ignores_the_sign")
+    found = grade(Q01, "triton", mutant.source(Q01, "triton"), seed=SEED, child=children["triton"])
+    assert found.verdict == "wrong_value" and found.story is not None
+    assert found.story.complete and found.story.smallest["N"] <= 3
+    assert found.story.diagnosis and found.story.diagnosis["looks_like"] == "ignores_the_sign"
+    assert 0 < found.points["correctness"] < Q01.points.correctness
+
+
+def test_a_seed_replays_the_fresh_cases():
+    def drawn(seed: str) -> list[dict]:
+        return [dict(c.sizes) for c in Q01.cases(np.random.default_rng(int(seed, 16)))]
+
+    assert drawn("ab") == drawn("ab") != drawn("ac")
+
+
+# Bad input: each its own verdict, and the grader survives
+
+
+def triton(body: str, before: str = "") -> str:
+    """A solution that does something else first."""
+    text = Q01.solution("triton")
+    return text.replace("def solve(x):\n", f"{before}\n\ndef solve(x):\n    {body}\n")
+
+
+NATIVE = """
+@triton.jit
+def _far(x_ptr, N, block: tl.constexpr):
+    tl.store(x_ptr + 1000000000000 + tl.arange(0, block), 1.0)
+"""
+HUGE = "big = torch.full((8 << 30,), 1.0, dtype=torch.float32)"
+
+BAD = {
+    "syntax_error": "def solve(x:\n    return x\n",
+    "timeout": triton("while True: N = 1"),
+    "memory": triton(HUGE),
+    "flood": triton("while True: print('again and again, without an end')"),
+    "crashed": triton("_far[(1,)](x, 8, 1024)", NATIVE),
+    "no_entry_point": Q01.solution("triton").replace("def solve", "def answer"),
+    "import_error": "import math\n\nhalf = math.sqrt(-1)\n",
+    "raised": triton("x.nothing"),
+    "wrong_dtype": Q01.solution("triton").replace("dtype=torch.int8", "dtype=torch.int16"),
+    "wrong_shape": Q01.solution("triton").replace("return q, scale", "return q, scale, top"),
+    "past_the_end": Q01.solution("triton").replace("tl.int8), mask=i < N)", "tl.int8))"),
+}
+
+
+@pytest.mark.parametrize("verdict", BAD)
+def test_bad_input_has_its_verdict(verdict: str, children: dict[str, Child]):
+    hasty = replace(Q01, limits=replace(Q01.limits, case_s=3.0))
+    child = children["triton"]
+    child.limits = hasty.limits
+    found = grade(hasty, "triton", BAD[verdict], seed=SEED, explain=False, hasty=True, child=child)
+    child.limits = Q01.limits
+    assert found.verdict == verdict, found.detail
+    assert not found.ok and verdicts.VERDICTS[verdict].helps
+
+
+# Cheats: solutions that are right, or look so, and are not what was asked for
+
+REFERENCE = """
+def solve(x):
+    x = torch.where(x == x, x, 0.0)
+    top = x.abs().max().reshape(1)
+    q = (x * (torch.full((1,), 127.0) / torch.where(top == 0, 1.0, top))).round().to(torch.int8)
+    return q, top / 127
+"""
+START = "import torch\nimport triton\nimport triton.language as tl\n"
+
+CHEATS: dict[str, tuple[str, str]] = {
+    "calls the library": (START + REFERENCE, "forbidden"),
+    "hides its name": (
+        START + "def solve(x):\n    return getattr(torch, 'ro' + 'und')(x), x\n", "forbidden"
+    ),
+    "reads the answer": (
+        "from parity import formats\n\ndef solve(x):\n    return x\n", "forbidden"
+    ),
+    "patches the clock": (
+        START + "import time\n\ntime.perf_counter = None\n\ndef solve(x):\n    return x\n",
+        "forbidden",
+    ),
+    "patches the framework": (triton("torch.empty = torch.zeros"), "forbidden"),
+    "catches everything": (triton("try: N = 1\n    except: pass"), "forbidden"),
+    "keeps a global": (triton("global kept\n    kept = x", "kept = 0"), "forbidden"),
+    "writes a file": (triton("open('/tmp/answer', 'w')"), "forbidden"),
+    "computes with operators": (triton("x = x * 1"), "foreign_work"),
+    "remembers the first answer": (
+        triton("if x.shape in kept: return kept[x.shape]", "kept = {}").replace(
+            "    return q, scale", "    kept[x.shape] = q, scale\n    return q, scale"
+        ),
+        "cached",
+    ),
+    "returns zeros": (
+        triton("return torch.zeros(x.shape[0], dtype=torch.int8), torch.zeros(1)"), "wrong_value"
+    ),
+    "returns a constant": (
+        triton("return torch.full(x.shape, 1, dtype=torch.int8), torch.full((1,), 0.01)"),
+        "wrong_value",
+    ),
+    "rounds the scale to half": (
+        Q01.solution("triton").replace(
+            "top / 127.0)", "(top / 127.0).to(tl.float16).to(tl.float32))"
+        ),
+        "wrong_value",
+    ),
+    "writes to its input": (
+        Q01.solution("triton").replace(
+            "    top = tl.max(largest, axis=0)\n",
+            "    top = tl.max(largest, axis=0)\n    tl.store(x_ptr, 0.0)\n",
+        ),
+        "input_changed",
+    ),
+    "launches for show": (
+        Q01.solution("triton").replace(
+            "    return q, scale", "    return q.new_empty(x.shape[0]).copy_(q + 0), scale"
+        ),
+        "foreign_work",
+    ),
+    "launches nothing": (
+        START + "def solve(x):\n    return torch.zeros(x.shape[0], dtype=torch.int8), "
+        "torch.zeros(1)\n",
+        "wrong_value",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_is_caught(name: str, children: dict[str, Child]):
+    source, verdict = CHEATS[name]
+    child = children["triton"]
+    found = grade(Q01, "triton", source, seed=SEED, explain=False, hasty=True, child=child)
+    assert found.verdict == verdict, found.detail
+
+
+# Behind the rules: what a solution could do if nobody had read it first
+
+
+def ungated(monkeypatch: pytest.MonkeyPatch, child: Child, source: str) -> Result:
+    monkeypatch.setattr(policy, "broken", lambda source, allow: [])
+    return grade(Q01, "triton", source, seed=SEED, explain=False, hasty=True, child=child)
+
+
+FORGES = """for n in range(3, 500):
+        try: __import__('os').write(n, b'{"ok": true, "seen": {}}\\n')
+        except OSError: pass"""
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict"),
+    [
+        ("open('/tmp/puzzles-outside', 'w')", "outside"),
+        ("__import__('os').system('true')", "outside"),
+        ("__import__('time').perf_counter = print", "patched"),
+        (FORGES, "forged"),
+        ("__import__('os')._exit(0)", "crashed"),
+        ("raise SystemExit", "raised"),
+    ],
+)  # fmt: skip
+def test_what_runs_all_the_same_is_caught(
+    body: str, verdict: str, children: dict[str, Child], monkeypatch: pytest.MonkeyPatch
+):
+    found = ungated(monkeypatch, children["triton"], triton(body))
+    assert found.verdict == verdict, found.detail
+    assert not Path("/tmp/puzzles-outside").exists()
+
+
+ALLOWED = {
+    "triton": ("eq", "full", "scalar_tensor", "where", "abs", "max", "mul", "div", "round"),
+    "pallas": ("eq", "select_n", "abs", "reduce_max", "mul", "div", "round", "pad", "slice",
+               "convert_element_type"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_kernel_that_does_not_matter_is_found_out(
+    backend: str, children: dict[str, Child], monkeypatch: pytest.MonkeyPatch
+):
+    """The library computes the answer, a kernel is launched for show, and no rule is in the way."""
+    library = {
+        "triton": REFERENCE.replace("def solve(x):", "def answer(x):"),
+        "pallas": "def answer(x):\n    x = jnp.where(x == x, x, 0.0)\n    top = jnp.abs(x).max()\n"
+        "    whole = jnp.round(x * (127 / jnp.where(top == 0, 1.0, top)))\n"
+        "    return whole.astype(jnp.int8), (top / 127).reshape(1)\n",
+    }[backend]
+    text = Q01.solution(backend).replace("def solve", f"{library}\n\ndef solve")
+    head, _, _ = text.rpartition("    return ")
+    monkeypatch.setattr(policy, "broken", lambda source, allow: [])
+    found = grade(
+        replace(Q01, glue=ALLOWED[backend]), backend, head + "    return answer(x)\n", seed=SEED,
+        explain=False, hasty=True, child=children[backend],
+    )  # fmt: skip
+    assert found.verdict == "no_effect", found.detail
+
+
+# The learner's commands
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "my_puzzles"
+
+
+def test_from_the_skeleton_to_a_pass(mine: Path, capsys: pytest.CaptureFixture):
+    assert main(["next", "-b", "triton"]) == 0
+    shown = capsys.readouterr().out
+    assert "One scale for a whole tensor" in shown and "my_puzzles/q01_triton.py" in shown
+    file = mine / "q01_triton.py"
+    assert HOLE in file.read_text()
+    file.write_text("def solve(x:\n")
+    assert main(["check", "q1"]) == 1
+    assert "Python cannot read the file" in capsys.readouterr().out
+    file.write_text(Q01.solution("triton"))
+    assert main(["check", "Q01", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] and told["points"]["correctness"] == 8
+    assert main(["list"]) == 0
+    assert "1 of" in capsys.readouterr().out
+    assert main(["show", "q01"]) == 0
+    assert "One solution" in capsys.readouterr().out
+    assert main(["reset", "q01"]) == 0
+    assert HOLE in file.read_text() and list(mine.glob("*.old"))
+    capsys.readouterr()
+    assert main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["puzzles"]["q01"]["triton"]["attempts"] == 2
+
+
+def test_hints_come_one_by_one(mine: Path, capsys: pytest.CaptureFixture):
+    for count in (1, 2):
+        assert main(["hint", "q01", "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["hints"]) == count
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["check", "q99"], "no puzzle"),
+        (["chek"], "did you mean 'check'"),
+        (["check", "q01"], "next"),
+    ],
+)
+def test_usage_is_said_in_one_sentence(
+    argv: list[str], word: str, mine: Path, capsys: pytest.CaptureFixture
+):
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert word in line
+
+
+def test_progress_is_never_lost(tmp_path: Path):
+    done = Progress.read(tmp_path)
+    done.hint_taken("q01", 2)
+    done.write()
+    assert Progress.read(tmp_path).hints("q01") == 2
+    (tmp_path / "progress.json").write_text('{"schema": 99, "puzzles": {}}')
+    with pytest.raises(Stop, match="schema 99"):
+        Progress.read(tmp_path)
+    (tmp_path / "progress.json").write_text("half a fi")
+    assert Progress.read(tmp_path).broken is not None
+    assert list(tmp_path.glob("*.unreadable"))
+
+
+def test_an_old_pass_is_kept_and_shown_as_one_to_look_at_again(tmp_path: Path):
+    done = Progress(tmp_path)
+    passed = {"puzzle": "q01", "backend": "triton", "version": Q01.version - 1, "verdict": "pass",
+              "seed": "1", "source": "a", "points": {"correctness": 8}}  # fmt: skip
+    done.graded(passed)
+    assert done.state(Q01, "triton") == "solved before"
+    done.graded(passed | {"version": Q01.version, "verdict": "timeout"})
+    assert done.state(Q01, "triton") == "solved before"
+    done.graded(passed | {"version": Q01.version})
+    assert done.state(Q01, "triton") == "solved"
