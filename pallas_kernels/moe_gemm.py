@@ -11,6 +11,9 @@
                             store those rows of acc that are the expert's own
     the dead rows: store zeros
 
+With rows, a kernel before it brings the rows of x together: TMA on Hopper has no gather. Swiglu
+parts gate and up, which lie side by side in a register, by way of shared memory.
+
 Backward: dx is the same kernel over w transposed; dw[e] = x[R_e]^T @ dh[R_e] walks over the rows of
 an expert, and clears what its first and last tile hold of other experts' rows.
 
@@ -238,8 +241,7 @@ def _store_zeros(c_smem: Any, y_gmem: Any, live: Any, blocks: tuple[str, ...]) -
             i, j = tile.index
             # Beyond the edges TMA drops what it is given.
             plgpu.copy_smem_to_gmem(
-                c_smem,
-                y_gmem.at[pl.ds(live + i * rows, rows), pl.ds(j * columns, columns)],
+                c_smem, y_gmem.at[pl.ds(live + i * rows, rows), pl.ds(j * columns, columns)]
             )
 
 
@@ -288,11 +290,7 @@ def _moe_gemm_kernel(
         pairs = pair_smem.at[wg]
         pairs.reshape(EPILOGUE_M, 2 * PAIR_PITCH).at[:, pl.ds(0, width)][...] = h
         gate, up = (
-            plgpu.load(
-                pairs.at[:, pl.ds(0, PAIRS), half],
-                layout=PAIR_LAYOUT,
-                optimized=False,
-            )
+            plgpu.load(pairs.at[:, pl.ds(0, PAIRS), half], layout=PAIR_LAYOUT, optimized=False)
             for half in range(2)
         )
         return gate / (1 + jnp.exp(-gate)) * up
@@ -348,8 +346,7 @@ def _moe_gemm_kernel(
     @pl.when(wg < config.warpgroups)
     def _compute() -> None:
         plgpu.set_max_registers(
-            min(232, (512 - MEMORY_REGISTERS) // config.warpgroups // 8 * 8),
-            action="increase",
+            min(232, (512 - MEMORY_REGISTERS) // config.warpgroups // 8 * 8), action="increase"
         )
         for slot in range(stages):
             plgpu.barrier_arrive(free.at[slot])  # every slot is free at the start
@@ -539,8 +536,7 @@ def _moe_gemm_dw_kernel(
     @pl.when(wg < config.warpgroups)
     def _compute() -> None:
         plgpu.set_max_registers(
-            min(232, (512 - MEMORY_REGISTERS) // config.warpgroups // 8 * 8),
-            action="increase",
+            min(232, (512 - MEMORY_REGISTERS) // config.warpgroups // 8 * 8), action="increase"
         )
         for slot in range(stages):
             plgpu.barrier_arrive(free.at[slot])  # every slot is free at the start
@@ -715,9 +711,7 @@ def _moe_gemm_dbias_kernel(
         row = start + ki * ROWS
         values = [
             plgpu.load(
-                dh_gmem.at[jnp.minimum(row + i, stop - 1), cols],
-                layout=ROW_LAYOUT,
-                optimized=False,
+                dh_gmem.at[jnp.minimum(row + i, stop - 1), cols], layout=ROW_LAYOUT, optimized=False
             )
             for i in range(ROWS)
         ]
@@ -776,9 +770,7 @@ def _moe_gemm_gather_bwd_kernel(
             def add(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 at, total = carry
                 row = plgpu.load(
-                    dxr_gmem.at[order_gmem[1, at], cols],
-                    layout=ROW_LAYOUT,
-                    optimized=False,
+                    dxr_gmem.at[order_gmem[1, at], cols], layout=ROW_LAYOUT, optimized=False
                 )
                 return at + 1, total + row.astype(jnp.float32)
 
@@ -835,12 +827,7 @@ def _ring(
 
 
 def _launch(
-    kernel: Any,
-    name: str,
-    config: Config,
-    out_type: Any,
-    scratch: list[Any],
-    *arrays: Any,
+    kernel: Any, name: str, config: Config, out_type: Any, scratch: list[Any], *arrays: Any
 ) -> Any:
     clustered = config.cluster > 1
     return plgpu.kernel(
@@ -914,14 +901,7 @@ def _product(
 
 
 def _product_dw(
-    x: jax.Array,
-    dy: jax.Array,
-    plan: Any,
-    out_dtype: Any,
-    config: Config,
-    E: int,
-    K: int,
-    N: int,
+    x: jax.Array, dy: jax.Array, plan: Any, out_dtype: Any, config: Config, E: int, K: int, N: int
 ) -> jax.Array:
     """Each expert's rows of x, transposed, times its rows of dy; both may have more columns."""
     tiles = ((config.block_k, config.block_m), (config.block_k, config.block_n))
@@ -930,10 +910,7 @@ def _product_dw(
         "moe_gemm_dw_kernel",
         config,
         jax.ShapeDtypeStruct((E, K, _pitch(N, out_dtype)), out_dtype),
-        [
-            *_ring(config, tiles, x.dtype, out_dtype),
-            plgpu.Barrier(num_arrivals=config.warpgroups),
-        ],
+        [*_ring(config, tiles, x.dtype, out_dtype), plgpu.Barrier(num_arrivals=config.warpgroups)],
         _lib.pad(x, 8, 64),
         _lib.pad(dy, 8, 64),
         plan,
@@ -974,10 +951,7 @@ def _gathered(x: jax.Array, rows: jax.Array | None, plan: jax.Array) -> jax.Arra
     taken = plgpu.kernel(
         _moe_gemm_gather_kernel,
         out_type=jax.ShapeDtypeStruct((M, *row), x.dtype),
-        scratch_types=[
-            plgpu.SMEM((block, *row), x.dtype),
-            plgpu.Barrier(num_barriers=block),
-        ],
+        scratch_types=[plgpu.SMEM((block, *row), x.dtype), plgpu.Barrier(num_barriers=block)],
         grid=(_lib.cdiv(rows.shape[0], block),),
         grid_names=("block",),
         compiler_params=PARAMS,
@@ -1118,10 +1092,7 @@ def grouped_gemm_check(
         grid=(1,),
         grid_names=("block",),
         kernel_name="moe_gemm_check_kernel",
-    )(
-        _lib.pad(sizes, _lib.WARPGROUP),
-        none if rows is None else _lib.pad(rows, _lib.WARPGROUP),
-    )
+    )(_lib.pad(sizes, _lib.WARPGROUP), none if rows is None else _lib.pad(rows, _lib.WARPGROUP))
     bad_size, total, bad_row = (int(value) for value in found[:3])
     if bad_size < sizes.shape[0]:
         raise ValueError(f"sizes: expected >= 0, got {int(sizes[bad_size])} for expert {bad_size}")
@@ -1200,17 +1171,7 @@ def grouped_gemm_fwd(
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     y, h = _forward(
-        x,
-        w,
-        sizes,
-        rows,
-        bias,
-        row_scale,
-        out_dtype,
-        transpose_w,
-        activation,
-        config,
-        True,
+        x, w, sizes, rows, bias, row_scale, out_dtype, transpose_w, activation, config, True
     )
     return y, (x, w, sizes, rows, bias, row_scale, h)
 
@@ -1305,17 +1266,7 @@ def _grouped_gemm(
     out_dtype: Any, transpose_w: bool, activation: str | None, config: Any,
 ) -> jax.Array:  # fmt: skip
     return _forward(
-        x,
-        w,
-        sizes,
-        rows,
-        bias,
-        row_scale,
-        out_dtype,
-        transpose_w,
-        activation,
-        config,
-        False,
+        x, w, sizes, rows, bias, row_scale, out_dtype, transpose_w, activation, config, False
     )[0]
 
 
@@ -1330,12 +1281,7 @@ def _grouped_gemm_fwd(
 
 
 def _grouped_gemm_bwd(
-    out_dtype: Any,
-    transpose_w: bool,
-    activation: str | None,
-    config: Any,
-    res: Any,
-    dy: jax.Array,
+    out_dtype: Any, transpose_w: bool, activation: str | None, config: Any, res: Any, dy: jax.Array
 ) -> Any:
     del out_dtype
     bias, row_scale = res[4:6]
