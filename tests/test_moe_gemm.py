@@ -90,7 +90,7 @@ def test_routings_drawn_by_torch_are_routings(monkeypatch):
 
 
 def test_dead_rows_are_poisoned():
-    arrays = _draw(PROBLEM.workload("ci_gather"))
+    arrays = _draw(PROBLEM.workload("ci_fused"))
     live = arrays["sizes"].sum()
     assert live < len(arrays["rows"])
     assert (arrays["rows"][live:] == -1).all() and (arrays["rows"][:live] >= 0).all()
