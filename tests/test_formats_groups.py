@@ -87,6 +87,17 @@ def test_every_int8_code_at_every_scale():
     np.testing.assert_array_equal(code, np.broadcast_to(codes, code.shape))
 
 
+def test_a_tie_is_decided_by_a_division():
+    # (k + 1/2) * scale, exactly, for scales whose reciprocals are not exact
+    scale = np.arange(3, 200, 2, dtype=np.float32)[:, None]
+    half = np.arange(127, dtype=np.float32) + np.float32(0.5)
+    np.testing.assert_array_equal(
+        formats.int8_encode(half * scale, scale), np.broadcast_to(np.rint(half), (99, 127))
+    )
+    by_reciprocal = np.rint(half * scale * (np.float32(1) / scale))
+    assert (by_reciprocal != np.rint(half)).any()  # what the line above would not forgive
+
+
 @given(x=moderate((4, 24)), group=st.sampled_from([None, 1, 2, 8, 24]))
 def test_int8_errs_by_half_a_step(x: np.ndarray, group: int | None):
     code, scale = formats.int8_quantize(x, axis=-1, group=group)
@@ -213,6 +224,15 @@ def test_an_int4_scale_too_large_for_its_dtype_breaks_its_group():
     assert (back[1] == 0).all() and np.isfinite(back).all()
 
 
+def test_an_int4_scale_below_its_dtypes_normal_range():
+    # 21 / 15 of the smallest float16 rounds to it, and the zero point, 21, to 15.
+    w = np.full((1, 16), -21 * 2.0**-24, np.float16)
+    w[0, 0] = 0
+    packed, scale, zero = formats.int4_quantize(w, group=16, symmetric=False)
+    assert scale == 2.0**-24 and zero is not None and zero[0, 0] == 0x8F
+    assert (formats.unpack_nibbles(packed, low_first=True) == [15] + [0] * 15).all()
+
+
 # FP8
 
 
@@ -330,7 +350,7 @@ def mx_exponent(m: float, fmt: SmallFloat, mode: str) -> int:
 
 def turning_magnitudes() -> np.ndarray:
     """Positive floats of every exponent, at and beside every mantissa of up to five bits."""
-    fraction = np.arange(32)[:, None] * 2**18 + np.arange(-1, 2)
+    fraction = np.arange(33)[:, None] * 2**18 + np.arange(-1, 2)
     fraction = np.unique(np.clip(fraction, 0, 2**23 - 1)).astype(np.uint32)
     exponent = np.arange(255, dtype=np.uint32)[:, None] << np.uint32(23)
     return (exponent | fraction).view(np.float32).ravel()[1:]  # not zero

@@ -143,6 +143,47 @@ def test_ties_go_down_and_half_precision_is_lifted_exactly():
                 np.testing.assert_array_equal(a, b)
 
 
+def borderline(thresholds: np.ndarray, blocks: int, size: int) -> np.ndarray:
+    """Blocks of float32 whose values lie within three ulps of a threshold times their largest."""
+    rng = np.random.default_rng(3)
+    largest = rng.uniform(1, 2, (blocks, 1)).astype(np.float32)
+    x = rng.choice(thresholds, (blocks, size)) * largest
+    x = (x.view(np.int32) + rng.integers(-3, 4, x.shape, np.int32)).view(np.float32)
+    x[:, 0] = largest[:, 0]
+    return x
+
+
+def nearest(thresholds: np.ndarray, x: np.ndarray, *, divide: bool) -> np.ndarray:
+    """The rule, a row being a block; float64 rounded to float32 is the correctly rounded result."""
+    largest = np.abs(x).max(axis=1, keepdims=True).astype(np.float64)
+    scaled = x / largest if divide else x * (1 / largest).astype(np.float32).astype(np.float64)
+    return (thresholds < scaled.astype(np.float32)[..., None]).sum(axis=-1)
+
+
+def test_whole_blocks_multiply_by_a_reciprocal_and_the_last_ragged_one_divides():
+    x = borderline(NF4_THRESHOLDS, 50, 64)
+    whole, ragged = (
+        nearest(NF4_THRESHOLDS, x, divide=False),
+        nearest(NF4_THRESHOLDS, x[:, :40], divide=True),
+    )
+    assert (whole[:, :40] != ragged).any()  # there are values that tell the two apart
+    for i in range(50):
+        w = np.concatenate([x[i], x[i, :40]])
+        code = formats.unpack_nibbles(formats.nf4_quantize(w, double=False)[0], low_first=False)
+        np.testing.assert_array_equal(code, np.concatenate([whole[i], ragged[i]]))
+
+
+def test_the_second_quantization_always_multiplies_by_a_reciprocal():
+    thresholds = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
+    absmax = borderline(thresholds[thresholds > 1e-3], 20, 100)
+    expected = nearest(thresholds, absmax, divide=False)
+    assert (expected != nearest(thresholds, absmax, divide=True)).any()
+    for i in range(20):
+        state = formats.nf4_quantize(np.repeat(absmax[i], 64), offset=np.float32(0))[1]
+        assert isinstance(state, Nf4State)
+        np.testing.assert_array_equal(state.qabsmax, expected[i])
+
+
 def test_values_are_rounded_once_to_the_dtype_asked_for():
     packed, state = formats.nf4_quantize(weights(640))
     whole = formats.nf4_dequantize(packed, state, 640)
@@ -225,12 +266,15 @@ def binned(d: np.ndarray, absmax2: np.ndarray) -> np.ndarray:
 )
 @pytest.mark.parametrize("blocksize", [64, 128])
 @pytest.mark.parametrize("n", [19213, 64 * 3000, 64])
-def test_bitsandbytes_itself(n: int, blocksize: int):
+@pytest.mark.parametrize("kind", ["heavy tails", "borderline"])
+def test_bitsandbytes_itself(n: int, blocksize: int, kind: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch = importlib.import_module("torch")
         theirs = importlib.import_module("bitsandbytes.functional")
         w = np.random.default_rng(n).standard_t(3, n).astype(np.float32)
+        if kind == "borderline":
+            w = borderline(NF4_THRESHOLDS, 3000, 64).ravel()[:n]
         tensor, options = torch.tensor(w), dict(blocksize=blocksize, quant_type="nf4")
         their_packed, their_state = theirs.quantize_4bit(
             tensor, compress_statistics=True, **options
