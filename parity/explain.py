@@ -419,7 +419,7 @@ def explanation(
             kernel = Kernel(row, listing(row))
             plan = None
             if problem.plan is not None and kernel.blocks is not None and twin not in foreign:
-                launch = Launch(twin, number, kernel.blocks, row.config)
+                launch = Launch(twin, kernel.row.kernel, number, kernel.blocks, row.config)
                 plan = problem.plan(work, which, launch)
             kernels.append(Kernel(row, kernel.listing, plan))
         why = (why_not or {}).get(twin, "")
@@ -550,6 +550,8 @@ def _narrow(e: Explanation) -> Iterator[Sentence]:
         loads = [a for a in k.accesses if a.kind == "load" and a.useful > a.lane_bytes]
         narrow = [a for a in loads if a.lane_bytes < 8 and not a.scattered]
         if k not in side.carriers or 2 * len(narrow) <= len(loads):
+            continue
+        if k.row.tma_load:  # operands come that way, and these are numbers about them
             continue
         lane = max(a.lane_bytes for a in narrow)
         yield Sentence(

@@ -170,6 +170,7 @@ class Launch:
     """One kernel launch of a pass: what `Problem.plan` is asked about."""
 
     twin: str
+    kernel: str
     number: int  # from 0, in the order of the pass
     blocks: int  # programs, thread blocks
     config: Mapping[str, Any]  # fields of its Config

@@ -184,7 +184,7 @@ def test_what_a_ring_cannot_hold_is_read_twice():
 
 def test_a_matrix_product_shares_its_operands():
     config = {"block_m": 128, "block_n": 256, "cluster": 2}
-    launch = Launch("pallas", 0, 132, config)
+    launch = Launch("pallas", "kernel", 0, 132, config)
     plan = problem("matmul").plan(problem("matmul").workload("gemm_8192"), "fwd", launch)
     assert plan.tiles == 64 * 32 and plan.shared == plan.tiles * 8192 * (128 + 128) * 2
     e = made("matmul", "gemm_8192", "fwd", [row(config=config)])

@@ -321,15 +321,14 @@ def counted(work: Workload, which: str, arrays: Mapping[str, Any]) -> Cost:
 def plan(work: Workload, which: str, launch: Launch) -> Plan | None:
     """Tiles of the experts' products, with the rows that each has on average."""
     plain = {*OPTIONAL} == {*work.absent} and not _swiglu(work)
-    if not plain or not {"block_m", "block_n", "block_k"} <= launch.config.keys():
-        return None
-    passes = {"fwd": ["fwd"], "bwd": ["dx", "dw"], "dw": ["dw"]}[which]
-    if launch.number >= len(passes):
+    kernel = launch.kernel.strip("_")
+    products = {"moe_gemm_kernel", "moe_gemm_dw_kernel"}
+    if not plain or kernel not in products or "block_k" not in launch.config:
         return None
     K, N = work["K"], work["N"]
     block_m, block_n = launch.config["block_m"], launch.config["block_n"]
     rows = _routing(work).expected
-    if passes[launch.number] == "dw":  # a tile of K x N walks over the rows of its expert
+    if kernel == "moe_gemm_dw_kernel":  # a tile of K x N walks over the rows of its expert
         per_expert = -(-K // block_m) * -(-N // block_n)
         read = per_expert * float(rows.sum()) * (block_m + block_n)
         return Plan(len(rows) * per_expert, shared=read * work.itemsize)
