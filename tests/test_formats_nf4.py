@@ -97,9 +97,9 @@ def test_every_8_bit_absmax_survives():
     np.testing.assert_array_equal(bits(formats.nf4_absmax(whole)), bits(values))
 
 
-blocks = hnp.arrays(
-    np.float32, st.integers(1, 200), elements=st.floats(-100, 100, width=32, allow_subnormal=False)
-)
+# Below 1e-38 a largest magnitude counts as 1e-38, and the bounds below do not hold.
+numbers = st.floats(-100, 100, width=32).map(lambda v: v if abs(v) > 1e-30 else 0.0)
+blocks = hnp.arrays(np.float32, st.integers(1, 200), elements=numbers)
 
 
 @given(w=blocks, blocksize=st.sampled_from([32, 64, 128]))

@@ -97,9 +97,10 @@ def nf4_quantize(
     state: an Nf4State, or without double quantization the absmax, float32 [ceil(n / blocksize)].
     offset: float32 [], in place of the exact mean of the absmax. An odd n is filled with a zero.
 
-    All-zero blocks: absmax 0, codes 7. A NaN or an infinity: the block's absmax is NaN and its
-    codes 0, so that it decodes to NaN; double quantization, whose offset is a mean over all blocks,
-    spreads that over the whole tensor, as it does in bitsandbytes.
+    All-zero blocks: absmax 0, codes 7; a smaller absmax than 1e-38 counts as that in the quotient.
+    A NaN or an infinity: the block's absmax is NaN and its codes 0, so that it decodes to NaN;
+    double quantization, whose offset is a mean over all blocks, spreads that over the whole tensor,
+    as it does in bitsandbytes.
 
     Raises TypeError unless w is float32, float16 or bfloat16; ValueError for a blocksize that
     bitsandbytes does not have, or an offset without double quantization.

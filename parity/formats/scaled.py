@@ -15,7 +15,7 @@ MX's e follows from the block's largest magnitude m, by one of three rules:
 
 where `largest` is the element's (448, 57344, 6) and emax its exponent (8, 15, 2). The rules are
 exact here, in integers; the float32 quotient that others take gives the same rceil at all 2 ** 23
-mantissas.
+mantissas. An infinity makes the scale NaN, as in torchao's newest version; 0.18 gave it a number.
 """
 
 import numpy as np
