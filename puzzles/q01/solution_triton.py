@@ -1,8 +1,10 @@
 """Q01, one scale for a whole tensor: x float32[N] -> q int8[N], scale float32[1].
 
-top   = max |x|                  NaN left out
-scale = top / 127
-q     = round(x * (127 / top))   ties to even; 0 for NaN, and all 0 where top is 0
+    top   = max |x|
+    scale = top / 127                1 where top is 0
+    q     = round(x * (127 / top))   0 where x is NaN, or top is 0
+
+NaN has no say in top. Ties go to the even number.
 """
 
 import torch
@@ -24,7 +26,7 @@ def _top_kernel(x_ptr, top_ptr, scale_ptr, N, block: tl.constexpr):
         largest = tl.maximum(largest, tl.abs(x))
     top = tl.max(largest, axis=0)
     tl.store(top_ptr, top)
-    tl.store(scale_ptr, top / 127.0)
+    tl.store(scale_ptr, tl.where(top == 0.0, 1.0, top / 127.0))
     # END SOLUTION
 
 

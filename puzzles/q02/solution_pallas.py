@@ -1,8 +1,10 @@
 """Q02, a scale for every group: w float32[N, K] -> q int8[N, K], scale float32[N, G].
 
     top         = max |w[n, k]|                  over the k of group g, k < K
-    scale[n, g] = top / 127
-    q[n, k]     = round(w[n, k] * (127 / top))   ties to even; 0 where top is 0
+    scale[n, g] = top / 127                      1 where top is 0
+    q[n, k]     = round(w[n, k] * (127 / top))   0 where top is 0
+
+Ties go to the even number.
 """
 
 import jax
@@ -20,7 +22,7 @@ def _group_kernel(w_gmem, q_gmem, scale_gmem):
     # 3. Multiply by 127 / top (0 must not divide), round, ties to even, store the codes.
     w = w_gmem[n, g]
     top = jnp.max(jnp.abs(w))
-    scale_gmem[n, g] = jnp.full((128,), top / 127)
+    scale_gmem[n, g] = jnp.full((128,), jnp.where(top == 0.0, 1.0, top / 127))
     inverse = 127 / jnp.where(top == 0.0, 1.0, top)
     q_gmem[n, g] = jnp.round(w * inverse).astype(jnp.int8)
     # END SOLUTION

@@ -1,8 +1,10 @@
 """Q02, a scale for every group: w float32[N, K] -> q int8[N, K], scale float32[N, G].
 
     top         = max |w[n, k]|                  over the k of group g, k < K
-    scale[n, g] = top / 127
-    q[n, k]     = round(w[n, k] * (127 / top))   ties to even; 0 where top is 0
+    scale[n, g] = top / 127                      1 where top is 0
+    q[n, k]     = round(w[n, k] * (127 / top))   0 where top is 0
+
+Ties go to the even number.
 """
 
 import torch
@@ -24,7 +26,7 @@ def _group_kernel(w_ptr, q_ptr, scale_ptr, K, G, group, block: tl.constexpr):
     mask = (lane < group) & (k < K)
     w = tl.load(w_ptr + n * K + k, mask=mask, other=0.0)
     top = tl.max(tl.abs(w), axis=0)
-    tl.store(scale_ptr + n * G + g, top / 127.0)
+    tl.store(scale_ptr + n * G + g, tl.where(top == 0.0, 1.0, top / 127.0))
     inverse = tl.div_rn(127.0, tl.where(top == 0.0, 1.0, top))
     whole = (w * inverse + 12582912.0) - 12582912.0
     tl.store(q_ptr + n * K + k, whole.to(tl.int8), mask=mask)

@@ -47,11 +47,12 @@ def outputs(work: Workload) -> dict[str, Array]:
 
 def oracle(ar: Arithmetic, work: Workload, w: np.ndarray) -> tuple:
     group, count = work.options["group"], _groups(work)
-    filled = np.pad(np.abs(w), ((0, 0), (0, count * group - work["K"])))
-    top = filled.reshape(work["N"], count, group).max(axis=2)
+    filled = np.pad(w, ((0, 0), (0, count * group - work["K"])))
+    _, scale = formats.int8_quantize(filled, axis=-1, group=group)
+    top = np.abs(filled).reshape(work["N"], count, group).max(axis=2)
     inverse = np.float32(127) / np.where(top == 0, np.float32(1), top)
     spread = np.repeat(inverse, group, axis=1)[:, : work["K"]]
-    return formats.int8_encode(w * spread, np.float32(1)), ar.lift(top) / 127
+    return formats.int8_encode(w * spread, np.float32(1)), ar.lift(scale)
 
 
 PROBLEM = problem("q02", CASES, inputs, outputs, oracle)
