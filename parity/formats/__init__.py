@@ -11,8 +11,9 @@ chooses the scales too, and `X_dequantize` takes both back to values. Values are
 bfloat16, lifted to float32 (which is exact) before anything is computed, and each step is a
 correctly rounded float32 operation, so that a kernel can agree to the last bit.
 
-A group that holds a NaN or an infinity decodes to NaN throughout, and no other group notices; each
-function says which codes and scale that takes. An all-zero group decodes to zeros.
+A group that holds a NaN or an infinity decodes to NaN throughout, and no other group notices (but
+for NF4's second quantization, which has one mean for all); each function says which codes and scale
+that takes. An all-zero group decodes to zeros.
 """
 
 from parity.formats.checkpoints import (
