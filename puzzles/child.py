@@ -66,7 +66,7 @@ def serve(backend: str, folder: str, jobs: int, answers: int, data_gib: float) -
     try:
         from parity import frameworks
 
-        frameworks.interpreters()
+        frameworks.interpreters(only=backend)
         side = _side(backend)
     except Exception as e:
         say({"broken": f"{type(e).__name__}: {e}"})
