@@ -1,4 +1,4 @@
-# make parity | test | lint | docs | lab | sass | test-newest | clean
+# make parity | test | puzzles | lint | docs | lab | sass | test-newest | clean
 #
 # Each builds the environment it needs by itself, once (constraints/venv.sh). Everything stays inside
 # the checkout. Paths are relative, so that a space in the checkout's own path does no harm.
@@ -6,7 +6,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help parity test lint docs lab sass test-newest clean venv tmp
+.PHONY: help parity test puzzles lint docs lab sass test-newest clean venv tmp
 
 ARGS ?=
 # jax finds a GPU through a plugin of its own; torch brings its CUDA along.
@@ -39,6 +39,7 @@ endif
 help:
 	@echo 'make parity        check every kernel against the oracle, compile it for sm_90a, measure it on a Hopper GPU'
 	@echo 'make test          the test suite'
+	@echo 'make puzzles       every puzzle through its gates: skeletons fail, solutions pass, mutants are named'
 	@echo 'make lint          format, lint and types'
 	@echo 'make docs          render the pictures, the tables and the pages that show records'
 	@echo 'make lab           JupyterLab on the notebooks'
@@ -51,6 +52,9 @@ parity: venv
 
 test: venv
 	@.venv/bin/python -m pytest -n auto $(ARGS)
+
+puzzles: venv
+	@.venv/bin/puzzles author check $(ARGS)
 
 lint: venv
 	@.venv/bin/ruff format --check .

@@ -90,11 +90,12 @@ def prepared(
     return kernel.bwd, [res, *cotangents], options
 
 
-def interpreters(*, detect_races: bool = True) -> None:
+def interpreters(*, detect_races: bool = True, only: str | None = None) -> None:
     """Puts this process into CPU mode: Triton's interpreter and Mosaic GPU's, kernels unchanged.
 
     Call it before a kernel is first imported; calling it again does nothing. Mosaic's interpreter
-    runs with its data-race detector unless `detect_races` is False.
+    runs with its data-race detector unless `detect_races` is False. only="triton": Mosaic's stays
+    out, and with it the import of jax.
 
     Raises:
         RuntimeError: triton, or jax with a GPU backend, is already in use in this process.
@@ -106,6 +107,8 @@ def interpreters(*, detect_races: bool = True) -> None:
                 "at import time whether they are interpreted. Call interpreters() first."
             )
         os.environ["TRITON_INTERPRET"] = "1"
+    if only == "triton":
+        return
     # XLA's CPU client reads it once, for the size of its thread pool: one thread a core is too few.
     # Mosaic's interpreter waits for barriers on those threads, and two cores wait for ever.
     os.environ.setdefault("NPROC", "32")
