@@ -155,7 +155,7 @@ class Child:
         # TMPDIR: what a framework writes on its own behalf stays in the folder too
         env = {**os.environ, "TMPDIR": str(self.folder), "TRITON_CACHE_DIR": str(self.folder)}
         self.process = subprocess.Popen(
-            [sys.executable, "-B", "-c", code],
+            [sys.executable, "-B", "-W", "ignore", "-c", code],  # of NaN inside kernels
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

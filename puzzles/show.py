@@ -13,7 +13,7 @@ from puzzles.verdicts import VERDICTS
 if TYPE_CHECKING:
     import rich.console
 
-LOCKED = "locked: speed exists only on a GPU (nothing is lost)"
+LOCKED = "locked: it needs a GPU; nothing is lost"
 _PRINTED = 8  # lines of what the learner's code printed
 
 
@@ -38,9 +38,11 @@ def result(console: "rich.console.Console", puzzle: Puzzle, found: Result, file:
         return
     if meaning.helps:
         console.print(f"help: {escape(meaning.helps)}")
+    console.print(f"next: [bold]puzzles hint {found.puzzle}[/]")
     console.print(
-        f"next: [bold]puzzles hint {found.puzzle}[/]; the same numbers again: "
-        f"[bold]puzzles check {found.puzzle} -b {found.backend} --seed {found.seed}[/]"
+        f"same numbers again: [bold]puzzles check {found.puzzle} -b {found.backend} "
+        f"--seed {found.seed}[/]",
+        soft_wrap=True,
     )
 
 
