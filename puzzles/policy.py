@@ -10,6 +10,7 @@ a wall: it keeps people from fooling themselves.
 """
 
 import ast
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +163,8 @@ class _Walk:
                 return ""
             if inside and module == "jax":
                 return "" if name in ("nn", "named_scope") else f"{dotted} inside a kernel"
+            if near := difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.8):
+                return f"{dotted} is not for a solution; did you mean {near[0]}?"
             return (
                 f"{dotted} computes on whole arrays, or reaches beyond them: a kernel has to do it"
             )

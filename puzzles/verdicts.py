@@ -13,7 +13,7 @@ VERDICTS: Mapping[str, Meaning] = {
     "pass": Meaning("right", ""),
     # before anything runs
     "syntax_error": Meaning(
-        "Python cannot read the file", "The line is named below; the error may be a line above."
+        "Python cannot read the file", "The mistake may be on the line before."
     ),
     "forbidden": Meaning(
         "the file uses what a solution may not",
@@ -67,7 +67,9 @@ VERDICTS: Mapping[str, Meaning] = {
         "Library operations on whole arrays are not what is asked for here.",
     ),
     # the process
-    "raised": Meaning("it raised an exception", "The line of your file is named below."),
+    "raised": Meaning(
+        "it raised an exception", "Read the message; the line of your file stands above."
+    ),
     "timeout": Meaning("it did not finish in time", "Is there a loop whose end is never reached?"),
     "memory": Meaning(
         "it asked for more memory than a puzzle needs",
