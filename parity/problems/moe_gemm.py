@@ -90,7 +90,7 @@ WORKLOADS = (
     ),
     _ci("ci_odd_pitch", 31, 77, 67, 31, passes=("fwd",)),  # rows TMA cannot address
     _ci(
-        "ci_fused", 39, 72, 80, 36, *OPTIONAL, T=31,
+        "ci_fused", 39, 72, 144, 36, *OPTIONAL, T=31,
         options={"transpose_w": True, "activation": "swiglu"},
     ),
     _ci("ci_decode", 13, 264, 136, 11, passes=("fwd",)),
