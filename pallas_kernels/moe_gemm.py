@@ -80,7 +80,7 @@ class Config:
         slice of k in one slot of the ring. For dw: columns of x, columns of dy, and rows of a slot.
     stages: slots of the ring.
     group_m: tiles along m that are visited before the next tile along n.
-    decode: the form for few rows per expert.
+    decode: the form for few rows per expert: in Triton only so far, here NotImplementedError.
     warpgroups: compute warpgroups; each takes block_m / warpgroups rows (one more loads).
     cluster: blocks that share a tile by multicast, 1 or 2: neighbours along n share that of x; for
         dw, neighbours along m share that of dy.
@@ -1118,6 +1118,10 @@ def _forward(
     keep: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(y, h); h only with `keep`, and where the gradient needs it."""
+    if config is not None and config.decode:
+        raise NotImplementedError(
+            "config: decode=True is written in Triton only so far; decode=False computes the same"
+        )
     K, N = w.shape[:0:-1] if transpose_w else w.shape[1:]
     M, E = x.shape[0] if rows is None else rows.shape[0], w.shape[0]
     columns = N // 2 if activation else N
@@ -1341,7 +1345,8 @@ def grouped_gemm(
     Returns y[M, N], or [M, N / 2] under swiglu, in out_dtype; dead rows are zeros. A negative size
     counts as 0, rows beyond M do not exist: grouped_gemm_check looks for both.
 
-    Raises ValueError for a wrong rank or size and TypeError for a wrong dtype or config.
+    Raises ValueError for a wrong rank or size, TypeError for a wrong dtype or config, and
+    NotImplementedError for a Config with decode.
     """
     _check_16_bits(x=x, w=w)
     _lib.check_static("transpose_w", transpose_w, (bool,))
@@ -1362,8 +1367,6 @@ def grouped_gemm(
     if row_scale is not None:
         _lib.check_array("row_scale", row_scale, (M,), (jnp.float32,))
     _lib.check_config(config, Config)
-    if config is not None and config.decode:
-        raise NotImplementedError("grouped_gemm: decode is not written yet")
     out_dtype = _out_dtype(x, out_dtype)
     given = [array for array in (x, w, sizes, rows, bias, row_scale) if array is not None]
     alike = iter(_lib.vary_alike(*given))

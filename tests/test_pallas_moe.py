@@ -84,6 +84,8 @@ DECODE = Config(decode=True)
         (lambda: grouped_gemm(X, W, SIZES, config=1), TypeError, "config: expected .*Config"),
         (lambda: grouped_gemm_dw(X, DY[1:], SIZES), ValueError, r"dy: expected shape \[16, N\]"),
         (lambda: grouped_gemm_dw(X, DY, SIZES, config=DECODE), ValueError, "without decode"),
+        (lambda: grouped_gemm(X, W, SIZES, config=DECODE), NotImplementedError, "Triton only"),
+        (lambda: grouped_gemm_fwd(X, W, SIZES, config=DECODE), NotImplementedError, "Triton only"),
         (lambda: Config(block_m=192), ValueError, "block_m: expected a multiple of 64 rows"),
         (lambda: Config(cluster=3), ValueError, "cluster: expected 1 or 2"),
         (lambda: grouped_gemm_check(_sizes(4, -3, 2), M=9), ValueError, "got -3 for expert 1"),
