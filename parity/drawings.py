@@ -39,7 +39,7 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     "link": ("#1a5796", "#93c4f2"),
 }
 # matplotlib writes a colour into every element: these stand for the properties until then
-_INK = {name: f"#0000{i:02x}" for i, name in enumerate(PALETTE, start=1)}
+INK = {name: f"#0000{i:02x}" for i, name in enumerate(PALETTE, start=1)}
 
 WIDTH = 340  # of every picture, so that its letters are the same size in all
 _TEXT, _SMALL = 8.6, 7.8
@@ -76,7 +76,7 @@ class Picture:
         return sized.replace("<title", f"<style>{style}</style>\n<title", 1) + "\n"
 
 
-class _Sheet:
+class Sheet:
     """A figure with one pair of axes, margins in points."""
 
     def __init__(
@@ -94,21 +94,21 @@ class _Sheet:
         self.axes = self._figure.add_axes(place)
         self.axes.patch.set_visible(False)
         self.axes.tick_params(
-            colors=_INK["faint"], labelcolor=_INK["ink"], length=0, pad=3, labelsize=_SMALL
+            colors=INK["faint"], labelcolor=INK["ink"], length=0, pad=3, labelsize=_SMALL
         )
         self.axes.spines[["top", "right", "left"]].set_visible(False)
-        self.axes.spines["bottom"].set_color(_INK["line"])
+        self.axes.spines["bottom"].set_color(INK["line"])
 
     def words(self, x: float, y: float, text: str, **how: Any) -> "matplotlib.artist.Artist":
         """Text at a place, its middle on y; matplotlib's own settings may follow."""
-        how = {"size": _TEXT, "color": _INK["ink"], "va": "center"} | how
+        how = {"size": _TEXT, "color": INK["ink"], "va": "center"} | how
         return self.axes.text(x, y, text.replace("$", r"\$"), **how)
 
     def mark(self, x: float, y: float, twin: str, tip: str, *, hollow: bool, size: float) -> None:
         """One point in the shape and colour of a twin or peer."""
         (mark,) = self.axes.plot(
             [x], [y], marker=MARKER.get(twin, "s"), markersize=size, clip_on=False, zorder=3,
-            color=_INK["paper" if hollow else _role(twin)], markeredgecolor=_INK[_role(twin)],
+            color=INK["paper" if hollow else _role(twin)], markeredgecolor=INK[_role(twin)],
         )  # fmt: skip
         self.tip(mark, tip)
 
@@ -127,7 +127,7 @@ class _Sheet:
         svg = out.getvalue()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.S)
-        for name, colour in _INK.items():
+        for name, colour in INK.items():
             svg = svg.replace(colour, f"var(--{name})")
         svg = re.sub(r"font: (?:(\d+) )?([\d.]+px) [^;\"]*", _font, svg)
         box = re.search(r'viewBox="[^"]*"', svg)
@@ -181,7 +181,7 @@ _ROW, _HEAD, _GAP = 12.0, 15.0, 6.0
 def bars(lines: Sequence[Line], name: str, title: str) -> Picture:
     """Share of the roof of the twins and their peers, workload by workload."""
     height = sum(_HEAD + _ROW * len(line.rows) + _GAP for line in lines)
-    sheet = _Sheet(name, height, left=5, right=3, top=3, bottom=30)
+    sheet = Sheet(name, height, left=5, right=3, top=3, bottom=30)
     axes = sheet.axes
     shares = [100 * row["roof"] for line in lines for row in line.rows.values() if row["roof"]]
     end = max([105.0, *(share + 2 for share in shares)])
@@ -204,7 +204,7 @@ def bars(lines: Sequence[Line], name: str, title: str) -> Picture:
             else:
                 why = f"{report.short_us(us.p50)} us, no roof" if us else report.why_not_timed(row)
                 told.append(f"{who} {why}")
-                colour = _INK["bad" if row["check"].startswith("fail") else "faint"]
+                colour = INK["bad" if row["check"].startswith("fail") else "faint"]
                 text, room = f"{who}: {why}", int((sheet.width - 6) / (_SMALL * _PROSE))
                 shown = text if len(text) <= room else text[: room - 1] + "…"
                 word = sheet.words(4 * unit, y + _ROW / 2, shown, size=_SMALL, color=colour)
@@ -213,16 +213,16 @@ def bars(lines: Sequence[Line], name: str, title: str) -> Picture:
         said.append(f"{line.workload} {line.which}: {', '.join(told)}")
         y += _GAP
     if spread:
-        axes.hlines(*zip(*spread, strict=True), color=_INK["ink"], linewidth=1.6)
-    axes.axvline(100, color=_INK["ink"], linewidth=0.9, linestyle=(0, (3, 2.5)), zorder=3)
+        axes.hlines(*zip(*spread, strict=True), color=INK["ink"], linewidth=1.6)
+    axes.axvline(100, color=INK["ink"], linewidth=0.9, linestyle=(0, (3, 2.5)), zorder=3)
     axes.set_xticks(range(0, 101, 20))
     axes.set_yticks([])
-    axes.set_xlabel("% of the roof measured in the same run", size=_SMALL, color=_INK["ink"])
+    axes.set_xlabel("% of the roof measured in the same run", size=_SMALL, color=INK["ink"])
     return sheet.picture(title, "; ".join(said) + ".")
 
 
 def _bar(
-    sheet: _Sheet,
+    sheet: Sheet,
     y: float,
     unit: float,
     impl: str,
@@ -234,17 +234,17 @@ def _bar(
 
     us, who = line.us(impl), report.name_of(impl)
     assert us is not None
-    colour = _INK[_role(impl)]
+    colour = INK[_role(impl)]
     bar = Rectangle((0, y - _ROW / 2 + 1), share, _ROW - 2, color=colour, linewidth=0)
     sheet.axes.add_artist(bar)
     value = f"{report.short_us(us.p50)} us, {share:.0f} %"
     length, weight = share / unit, 700 if impl in TWINS else 400
     if _wide(who) + _wide(value) + 14 < length:
-        sheet.words(4 * unit, y, who, color=_INK["paper"], weight=weight)
+        sheet.words(4 * unit, y, who, color=INK["paper"], weight=weight)
         # clear of the interval and of the line at 100
-        sheet.words(min(reach[0], 100) - 3 * unit, y, value, color=_INK["paper"], ha="right")
+        sheet.words(min(reach[0], 100) - 3 * unit, y, value, color=INK["paper"], ha="right")
     elif _wide(who) + 8 < length:
-        sheet.words(4 * unit, y, who, color=_INK["paper"], weight=weight)
+        sheet.words(4 * unit, y, who, color=INK["paper"], weight=weight)
         sheet.words(reach[1] + 4 * unit, y, value)
     else:
         sheet.words(reach[1] + 4 * unit, y, f"{who} {value}")
@@ -280,7 +280,7 @@ def roofline(lines: Sequence[Line], name: str, title: str) -> Picture | None:
     intensity = [row["flops"] / row["bytes"] for _, _, row, _ in marks]
     reached = [row["flops"] / us.p50 / 1e6 for _, _, row, us in marks]
 
-    sheet = _Sheet(name, 190, left=36, right=10, top=8, bottom=32)
+    sheet = Sheet(name, 190, left=36, right=10, top=8, bottom=32)
     axes = sheet.axes
     x = min(*intensity, ridge) / 3, max(*intensity, ridge) * 3
     y = min(reached) / 2, peak.p50 * 1.9
@@ -293,12 +293,12 @@ def roofline(lines: Sequence[Line], name: str, title: str) -> Picture | None:
         axis.set_major_locator(LogLocator(subs=(1,) if high / low > 1e3 else (1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_locator(NullLocator())
-    axes.grid(color=_INK["line"], linewidth=0.5)
+    axes.grid(color=INK["line"], linewidth=0.5)
     axes.set_axisbelow(True)
     corners = [x[0], ridge, x[1]]
     roof = [min(i * copy.p50 / 1e3, peak.p50) for i in corners]
-    axes.fill_between(corners, roof, [y[1]] * 3, color=_INK["shade"], linewidth=0)
-    axes.plot(corners, roof, color=_INK["ink"], linewidth=1.2)
+    axes.fill_between(corners, roof, [y[1]] * 3, color=INK["shade"], linewidth=0)
+    axes.plot(corners, roof, color=INK["ink"], linewidth=1.2)
     slope = math.degrees(
         math.atan2(sheet.height / math.log10(y[1] / y[0]), sheet.width / math.log10(x[1] / x[0]))
     )
@@ -315,8 +315,8 @@ def roofline(lines: Sequence[Line], name: str, title: str) -> Picture | None:
             f"byte, {report.interval_text(us)} us, {100 * (row['roof'] or 0):.0f} % of the roof"
         )
         sheet.mark(i, speed, impl, tip, hollow=line.which != "fwd", size=5)
-    axes.set_xlabel("FLOP per byte that the work must move", size=_SMALL, color=_INK["ink"])
-    axes.set_ylabel("TFLOP/s reached", size=_SMALL, color=_INK["ink"], labelpad=1)
+    axes.set_xlabel("FLOP per byte that the work must move", size=_SMALL, color=INK["ink"])
+    axes.set_ylabel("TFLOP/s reached", size=_SMALL, color=INK["ink"], labelpad=1)
     worst, impl, row, _ = min(marks, key=lambda mark: mark[2]["roof"] or math.inf)
     words = (
         f"The roof rises with {copy.p50:.0f} GB/s of copying up to {peak.p50:.0f} TFLOP/s of a "
@@ -359,7 +359,7 @@ def errors(groups: Mapping[str, Sequence[Errors]], name: str, title: str) -> Pic
     label = max(len(row.label) for rows in groups.values() for row in rows)
     left = min(0.5 * WIDTH, label * _SMALL * _NAME + 8)
     size = min(_SMALL, (left - 8) / label / _NAME)
-    sheet = _Sheet(name, height, left=left, right=8, top=3, bottom=30)
+    sheet = Sheet(name, height, left=left, right=8, top=3, bottom=30)
     axes = sheet.axes
     end = min(4.0, max([2.0, *(1.15 * e.ratio for e in every if e.ratio is not None)]))
     axes.set_xlim(0, end)
@@ -379,24 +379,24 @@ def errors(groups: Mapping[str, Sequence[Errors]], name: str, title: str) -> Pic
                 said.append(f"{row.label} {NAMES[e.twin]}: {e.says}")
             y += _ROW
         y += _GAP
-    axes.hlines(middles, 0, end, color=_INK["line"], linewidth=0.5, zorder=0)
-    axes.axvline(1, color=_INK["faint"], linewidth=0.9, zorder=1)
+    axes.hlines(middles, 0, end, color=INK["line"], linewidth=0.5, zorder=0)
+    axes.axvline(1, color=INK["faint"], linewidth=0.9, zorder=1)
     if limits:
         at, where_y = zip(*limits, strict=True)
         low, high = ([y + side * _ROW for y in where_y] for side in (-0.4, 0.4))
-        axes.vlines(at, low, high, color=_INK["bad"], linewidth=1.1)
+        axes.vlines(at, low, high, color=INK["bad"], linewidth=1.1)
     axes.set_xticks([0, 0.5, 1, 1.5, 2] if end <= 2.5 else range(int(end) + 1))
     axes.set_yticks([])
-    axes.set_xlabel("error / yardstick", size=_SMALL, color=_INK["ink"])
+    axes.set_xlabel("error / yardstick", size=_SMALL, color=INK["ink"])
     return sheet.picture(title, "; ".join(said) + ".")
 
 
-def _error(sheet: _Sheet, y: float, end: float, e: Error) -> None:
+def _error(sheet: Sheet, y: float, end: float, e: Error) -> None:
     first = e.twin == TWINS[0]
     tip = f"{NAMES[e.twin]}: {e.says}"
     if e.ratio is None or not e.ok:
         # a red check has a word, above or below the middle so that both twins' can be read
-        how = {"ha": "right", "va": "bottom" if first else "top", "color": _INK["bad"]}
+        how = {"ha": "right", "va": "bottom" if first else "top", "color": INK["bad"]}
         sheet.tip(sheet.words(0.97 * end, y, tip, size=_SMALL, **how), tip)
     if e.ratio is not None:
         # Triton's ring stays visible around Pallas' filled mark where both are at one place
@@ -410,7 +410,7 @@ def history(rows: Mapping[str, Sequence[Row]], name: str, title: str) -> Picture
     """The times of one pass over its records, oldest first; rows by implementation."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    sheet = _Sheet(name, 110, left=34, right=72, top=8, bottom=26)
+    sheet = Sheet(name, 110, left=34, right=72, top=8, bottom=26)
     axes = sheet.axes
     every = sorted((row for found in rows.values() for row in found), key=lambda row: row["when"])
     runs = list(dict.fromkeys((row["when"], row["commit"]) for row in every))
@@ -423,7 +423,7 @@ def history(rows: Mapping[str, Sequence[Row]], name: str, title: str) -> Picture
         timed = [row for row in found if row["us"]]
         if not timed:
             continue
-        who, colour = report.name_of(impl), _INK[_role(impl)]
+        who, colour = report.name_of(impl), INK[_role(impl)]
         at = [runs.index((row["when"], row["commit"])) for row in timed]
         axes.plot(at, _times(timed, "p50"), color=colour, linewidth=1.1, zorder=2)
         for i, row in zip(at, timed, strict=True):
@@ -445,11 +445,11 @@ def history(rows: Mapping[str, Sequence[Row]], name: str, title: str) -> Picture
     axes.set_xticks(
         range(len(runs)), [f"{commit[:7]}\n{when[:10]}" for when, commit in runs], size=6.6
     )
-    axes.set_ylabel("us", size=_SMALL, color=_INK["ink"], labelpad=2)
+    axes.set_ylabel("us", size=_SMALL, color=INK["ink"], labelpad=2)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color=_INK["line"], linewidth=0.5)
+    axes.grid(axis="y", color=INK["line"], linewidth=0.5)
     return sheet.picture(title, "; ".join(said) + ".")
 
 
