@@ -1,6 +1,7 @@
 """The gates that a puzzle passes before a learner meets it: `puzzles author new|check|mutants`.
 
-statement   at most 60 lines of at most 80 columns, eight numbers and a picture; hints
+statement   at most 60 lines of at most 80 columns, eight numbers and a picture, drawn in text for
+            a terminal and by puzzles.pictures for a page; hints
 skeleton    obeys the rules, can be imported, and fails
 solution    passes, all points, from a cold start within 15 s
 mutants     three or more in each language, and each fails with the verdict it names
@@ -28,8 +29,10 @@ from parity.commands.shared import (
 from puzzles.grade import Result, grade
 from puzzles.process import Child
 from puzzles.puzzle import HOLE, HOME, Mutant, Puzzle, track
+from puzzles.show import IMAGE
 
 LINES, COLUMNS = 60, 80
+PICTURE_BYTES = 150_000
 COLD_SECONDS = 15.0
 MUTANTS, HINTS = 3, 3
 NOT_RUN = ("syntax_error", "forbidden", "import_error", "no_entry_point")
@@ -58,6 +61,14 @@ def statement_gates(puzzle: Puzzle) -> Iterator[Gate]:
     yield gate("length", len(lines) <= LINES, f"{len(lines)} of {LINES} lines")
     yield gate("width", wide <= COLUMNS, f"{wide} of {COLUMNS} columns")
     yield gate("sections", {"Eight numbers", "The picture"} <= {*sections}, ", ".join(sections))
+    drawn = puzzle.folder / "picture.svg"
+    size = drawn.stat().st_size if drawn.is_file() else 0
+    described = IMAGE.search(puzzle.statement())
+    yield gate(
+        "picture", 0 < size <= PICTURE_BYTES and described is not None and len(described[1]) > 40,
+        f"picture.svg {size} of {PICTURE_BYTES} bytes, shown and described in spec.md: "
+        f"{described is not None}",
+    )  # fmt: skip
     yield gate("hints", len(puzzle.hints) >= HINTS, f"{len(puzzle.hints)} hints")
     sizes = [case.sizes for case in puzzle.cases(np.random.default_rng(int(SEED, 16)))]
     alike = [s for s in sizes if len(s) > 1 and len({*s.values()}) < len(s)]

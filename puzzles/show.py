@@ -1,5 +1,6 @@
 """How a result is shown: a headline, what is known of the failure, three bars, what to do next."""
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import rich.console
 
 LOCKED = "locked: it needs a GPU; nothing is lost"
+IMAGE = re.compile(r"!\[([^\]]*)\]\(picture\.svg\)\n\n?")  # Markdown's, its words in group 1
 _PRINTED = 8  # lines of what the learner's code printed
 
 
@@ -121,10 +123,10 @@ def _printed(console: "rich.console.Console", output: str) -> None:
 
 
 def statement(console: "rich.console.Console", puzzle: Puzzle) -> None:
-    """spec.md: its pictures stand in the text, so it is shown as it is written."""
+    """spec.md as it is written, less the drawing that only a page can show."""
     from rich.text import Text
 
-    for line in puzzle.statement().splitlines():
+    for line in IMAGE.sub("", puzzle.statement()).splitlines():
         style = "bold" if line.startswith("#") else ""
         console.print(Text(line.lstrip("# ") if line.startswith("#") else line, style=style),
                       soft_wrap=True)  # fmt: skip

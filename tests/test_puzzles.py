@@ -1,6 +1,7 @@
 """The graded track: its gates, the verdicts on bad input, cheats, and the learner's commands."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from parity.commands.shared import Stop
-from puzzles import author, policy, verdicts
+from puzzles import author, pictures, policy, verdicts
 from puzzles.cli import main
 from puzzles.grade import Result, grade
 from puzzles.process import Child
@@ -35,6 +36,13 @@ def test_a_puzzle_keeps_to_the_form(puzzle: Puzzle):
             assert mutant.verdict in verdicts.VERDICTS
             if backend in mutant.edits:
                 mutant.source(puzzle, backend)
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_picture_is_current(name: str):
+    drawn = (HOME / name / "picture.svg").read_text()
+    assert drawn == pictures.PICTURES[name]().standing_alone(), "run `python -m puzzles.pictures`"
+    assert not re.search(r"#0000[0-9a-f]{2}", drawn)  # every colour is the theme's
 
 
 def test_a_skeleton_is_the_solution_with_holes():

@@ -1,0 +1,165 @@
+"""Draws the picture of each puzzle from data: puzzles/qNN/picture.svg, which spec.md shows.
+
+    python -m puzzles.pictures [qNN ...]
+
+The colours are parity's (drawings.PALETTE) and follow the reader's theme. The text drawing in the
+statement says the same in a terminal; `words` is the description that a screen reader reads.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from parity import formats
+from parity.drawings import INK, Picture, Sheet
+
+HOME = Path(__file__).resolve().parent
+SMALL = 7.8  # points
+BLUE, ORANGE = INK["triton"], INK["pallas"]  # the first thing of two, and the second
+
+
+def main(names: list[str]) -> None:
+    for name in names or PICTURES:
+        (HOME / name / "picture.svg").write_text(PICTURES[name]().standing_alone())
+
+
+# What the drawings share
+
+
+def diagram(name: str, height: float) -> Sheet:
+    """A sheet without axes, in points from its upper left corner."""
+    sheet = Sheet(name, height, left=6, right=6, top=4, bottom=4)
+    sheet.axes.set_axis_off()
+    sheet.axes.set_xlim(0, sheet.width)
+    sheet.axes.set_ylim(height, 0)
+    return sheet
+
+
+def plot(name: str, height: float, x: str, y: str, *, left: float = 34) -> Sheet:
+    """A sheet with two axes that are named."""
+    sheet = Sheet(name, height, left=left, right=10, top=6, bottom=32)
+    sheet.axes.set_xlabel(x, size=SMALL, color=INK["ink"])
+    sheet.axes.set_ylabel(y, size=SMALL, color=INK["ink"], labelpad=2)
+    sheet.axes.grid(color=INK["line"], linewidth=0.4)
+    sheet.axes.set_axisbelow(True)
+    return sheet
+
+
+def box(sheet: Sheet, x: float, y: float, wide: float, high: float, colour: str, fill: str) -> None:
+    """A rectangle whose upper left corner is (x, y); colour of its edge, fill of its inside."""
+    from matplotlib.patches import Rectangle
+
+    sheet.axes.add_artist(
+        Rectangle((x, y), wide, high, facecolor=fill, edgecolor=colour, linewidth=0.8)
+    )
+
+
+# The pictures
+
+
+def q01() -> Picture:
+    scale, codes = 0.02, np.arange(-1, 8)
+    sheet = plot("q01", 130, "x", "q")
+    axes = sheet.axes
+    for q in codes:
+        left, right = (q - 0.5) * scale, (q + 0.5) * scale
+        axes.plot([left, right], [q, q], color=BLUE, linewidth=2)
+        if q % 2 == 0:  # this step owns both of its ends
+            axes.plot([left, right], [q, q], "o", color=BLUE, markersize=4)
+    shown = np.array([0.03, 0.07, 0.11], np.float32)
+    whole = np.rint(shown / np.float32(scale))
+    for x, q in zip(shown, whole, strict=True):
+        axes.plot([x, x, -0.03], [-1.6, q, q], color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
+        sheet.words(x + 0.001, -1.1, f"{x:g}", size=SMALL, color=ORANGE)
+    axes.set_xlim(-0.03, 0.15)
+    axes.set_ylim(-1.6, 7.6)
+    axes.set_yticks(codes)
+    axes.set_xticks([scale * k for k in codes if k % 2 == 0])
+    pairs = ", ".join(f"{x:g} becomes {q:g}" for x, q in zip(shown, whole, strict=True))
+    return sheet.picture(
+        "A staircase: codes over x",
+        f"Steps of width {scale}, one for each code. A dot shows which step a tie belongs to: "
+        f"always the even one. {pairs}.",
+    )
+
+
+def q02() -> Picture:
+    rng = np.random.default_rng(2)
+    group, sizes = 8, np.repeat([4.0, 0.7, 1.6], 8)[:21]
+    w = (rng.standard_normal(21) * sizes).astype(np.float32)
+    sheet = plot("q02", 120, "k", "w[n, k]")
+    axes = sheet.axes
+    whole = float(np.abs(w).max())
+    told = []
+    for g, start in enumerate(range(0, w.size, group)):
+        part = w[start : start + group]
+        top = float(np.abs(part).max())
+        axes.fill_between(
+            [start - 0.5, start + len(part) - 0.5], -top, top, color=INK["shade"], linewidth=0
+        )
+        axes.hlines([-top, top], start - 0.5, start + len(part) - 0.5, color=ORANGE, linewidth=1.5)
+        sheet.words(
+            start + (len(part) - 1) / 2, -whole * 1.18, f"scale {top / 127:.3f}", size=SMALL,
+            color=ORANGE, ha="center",
+        )  # fmt: skip
+        told.append(f"group {g}: scale {top / 127:.3f}")
+    axes.hlines([-whole, whole], -0.5, w.size - 0.5, color=INK["faint"], linewidth=0.9,
+                linestyle=(0, (3, 2)))  # fmt: skip
+    axes.bar(np.arange(w.size), w, width=0.6, color=BLUE, linewidth=0)
+    axes.set_xlim(-0.7, w.size - 0.3)
+    axes.set_ylim(-whole * 1.35, whole * 1.15)
+    axes.set_xticks(range(0, w.size, 4))
+    return sheet.picture(
+        "A row of w and what its groups span",
+        f"21 weights in groups of 8, the last of them short. {'; '.join(told)}. The dashed lines "
+        f"are one scale for the row, {whole / 127:.3f}: the groups of small weights would use few "
+        "of its codes.",
+    )
+
+
+def q04() -> Picture:
+    sheet = diagram("q04", 118)
+    codes, wide, high = (3, -1), 20.0, 16.0
+    nibbles = [code & 15 for code in codes]
+    colours = (BLUE, ORANGE)
+    for at, (code, nibble, colour) in enumerate(zip(codes, nibbles, colours, strict=True)):
+        x = 84 + at * 120
+        sheet.words(x, 10, f"column {at}: {code}", color=colour, weight=700)
+        bits(sheet, x, 20, wide, high, f"{nibble:04b}", [colour] * 4)
+    for line, (name, low_first) in enumerate((("low first", True), ("high first", False))):
+        y = 56 + 34 * line
+        first = formats.pack_nibbles(np.array(nibbles), low_first=low_first)[0]
+        order = colours[::-1] if low_first else colours
+        sheet.words(0, y + high / 2, name)
+        bits(sheet, 84, y, wide, high, f"{first:08b}", [order[0]] * 4 + [order[1]] * 4)
+        sheet.words(84 + 8 * wide + 10, y + high / 2, f"0x{first:02X}", weight=700)
+    for bit in (7, 4, 3, 0):
+        sheet.words(84 + (7.5 - bit) * wide, 111, f"bit {bit}", size=6.8, ha="center",
+                    color=INK["faint"])  # fmt: skip
+    both = [
+        f"{name} 0x{formats.pack_nibbles(np.array(nibbles), low_first=low)[0]:02X}"
+        for name, low in (("low first", True), ("high first", False))
+    ]
+    return sheet.picture(
+        "Two nibbles in a byte",
+        f"The codes {codes[0]} and {codes[1]} are the nibbles {nibbles[0]:04b} and "
+        f"{nibbles[1]:04b}. As one byte: {', '.join(both)}.",
+    )
+
+
+def bits(
+    sheet: Sheet, x: float, y: float, wide: float, high: float, text: str, colours: list[str]
+) -> None:
+    """A row of cells with a digit in each."""
+    for i, (digit, colour) in enumerate(zip(text, colours, strict=True)):
+        box(sheet, x + i * wide, y, wide, high, colour, INK["shade"])
+        sheet.words(x + (i + 0.5) * wide, y + high / 2 + 0.5, digit, color=colour, ha="center")
+
+
+PICTURES: Mapping[str, Callable[[], Picture]] = {"q01": q01, "q02": q02, "q04": q04}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
