@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Numbers:
-    """float32 values of some content, from a seed.
+    """Values of some content, from a seed.
 
     normal    no surprise
     zeros     nothing else: what is divided by the largest?
@@ -19,6 +19,7 @@ class Numbers:
     positive  none is below zero, as after a ReLU
     rows      every row has its own size, from 1/16 to 16
     columns   every column has
+    dead      some rows are zero, among others that are not
     """
 
     shape: tuple[int, ...]
@@ -52,9 +53,11 @@ class Numbers:
                 x *= _sizes(rng, self.shape[0])[:, None]
             case "columns":
                 x *= _sizes(rng, self.shape[-1])
+            case "dead":
+                x[1::3] = 0
             case _:
                 raise ValueError(f"no content {self.content!r}")
-        return x
+        return x.astype(self.dtype)
 
 
 def _sizes(rng: np.random.Generator, n: int) -> np.ndarray:
