@@ -118,6 +118,48 @@ def test_int8_groups_of_zeros_and_of_what_is_not_finite():
     assert formats.int8_quantize(np.zeros((3, 0), np.float32), axis=-1)[1].tolist() == [1, 1, 1]
 
 
+# uint8
+
+
+def test_every_uint8_code_with_every_zero_point():
+    zero = np.arange(256, dtype=np.int64)
+    code = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
+    for scale in np.float32([2.0**-30, 0.25, 1, 3, 2.0**60]):
+        x = (code - zero[:, None]).astype(np.float32) * scale
+        found, scales, zeros = formats.uint8_quantize(x, axis=-1)
+        np.testing.assert_array_equal(found, code)
+        np.testing.assert_array_equal(scales, np.full(256, scale))
+        np.testing.assert_array_equal(zeros, zero)
+        np.testing.assert_array_equal(formats.uint8_decode(found, scale, zeros[:, None]), x)
+
+
+@given(x=moderate((4, 24)), group=st.sampled_from([None, 1, 8, 24]))
+def test_uint8_errs_by_half_a_step_and_keeps_zero(x: np.ndarray, group: int | None):
+    x[:, ::5] = 0
+    code, scale, zero = formats.uint8_quantize(x, axis=-1, group=group)
+    step, shift = (np.repeat(v.reshape(4, -1), group or 24, axis=1) for v in (scale, zero))
+    back = formats.uint8_decode(code, step, shift).astype(np.float64)
+    assert (back[x == 0] == 0).all()
+    # both ends of the range may fall between two codes: then one of them is clipped by half a step
+    assert (np.abs(back - x) <= step.astype(np.float64) * (1 + 255 * 2.0**-22)).all()
+    inside = (code > 0) & (code < 255)
+    assert (np.abs(back - x)[inside] <= step[inside] * (0.5 + 255 * 2.0**-22)).all()
+
+
+def test_uint8_clips_where_both_ends_are_ties():
+    code, scale, zero = formats.uint8_quantize(np.float32([-127.5, 127.5]), axis=None)
+    assert (scale, zero, code.tolist()) == (1, 128, [0, 255])  # 128 + 128 has no code
+
+
+def test_uint8_groups_of_zeros_and_of_what_is_not_finite():
+    x = noise(5, 8)
+    x[1], x[2, 3], x[3, 3], x[4] = 0, np.nan, np.inf, 3
+    code, scale, zero = formats.uint8_quantize(x, axis=-1)
+    np.testing.assert_array_equal(scale[1:], np.float32([1, np.nan, np.inf, 3 / 255]))
+    assert (zero[1:] == 0).all() and (code[1:4] == 0).all() and (code[4] == 255).all()
+    assert formats.uint8_quantize(np.zeros((3, 0), np.float32), axis=-1)[1].tolist() == [1, 1, 1]
+
+
 # int4
 
 

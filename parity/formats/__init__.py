@@ -1,7 +1,7 @@
 """Number formats of quantized kernels, bit for bit, in NumPy: from values to codes, and back.
 
     floats        e4m3 e5m2 e2m1: sign, exponent, mantissa; e8m0: a power of two
-    integers      int8 and int4: whole numbers times a scale; nibbles, two codes of 4 bits to a byte
+    integers      int8, uint8 and int4: whole numbers times a scale; nibbles, two codes to a byte
     checkpoints   int4 to and from the files of GPTQ (v1, v2) and AWQ
     nf4           sixteen quantiles of a normal distribution, as bitsandbytes stores them
     scaled        FP8 with a scale per 1 x 128, 128 x 1 or 128 x 128; MX with one per 32
@@ -37,6 +37,9 @@ from parity.formats.integers import (
     int8_encode,
     int8_quantize,
     pack_nibbles,
+    uint8_decode,
+    uint8_encode,
+    uint8_quantize,
     unpack_nibbles,
 )
 from parity.formats.nf4 import (
@@ -100,5 +103,8 @@ __all__ = [
     "nf4_encode",
     "nf4_quantize",
     "pack_nibbles",
+    "uint8_decode",
+    "uint8_encode",
+    "uint8_quantize",
     "unpack_nibbles",
 ]

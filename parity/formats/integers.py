@@ -1,6 +1,7 @@
-"""int8 and int4: whole numbers times a scale, and two codes of 4 bits to a byte.
+"""int8, uint8 and int4: whole numbers times a scale, and two codes of 4 bits to a byte.
 
     int8   q = clip(rint(x / scale), -127, 127)        x ~ q * scale
+    uint8  q = clip(rint(x / scale) + zero, 0, 255)    x ~ (q - zero) * scale
     int4   q = clip(rint(x / scale) + zero, 0, 15)     x ~ (q - zero) * scale, zero = 8 if symmetric
 
 Every division is float32's, every tie goes to the even number. Dividing by the scale is a choice:
@@ -71,6 +72,50 @@ def int8_dequantize(
     wide = scale if shared is None else np.expand_dims(scale, shared)
     with np.errstate(invalid="ignore"):
         return int8_decode(values, wide).reshape(code.shape)
+
+
+def uint8_encode(
+    x: np.ndarray, scale: np.ndarray | np.float32, zero: np.ndarray | int
+) -> np.ndarray:
+    """round(x / scale) + zero, ties to even, within 0 .. 255; NaN becomes `zero`.
+
+    x float32, float16 or bfloat16, scale and zero broadcast against it -> uint8. A scale of 0
+    counts as 1. Raises TypeError for an x of another dtype.
+    """
+    zero = np.asarray(zero, np.int32)
+    return np.asarray(_whole(x, scale, -zero, 255 - zero) + zero, np.uint8)
+
+
+def uint8_decode(
+    code: np.ndarray, scale: np.ndarray | np.float32, zero: np.ndarray | int
+) -> np.ndarray:
+    """(code - zero) * scale in float32, rounded once."""
+    return int4_decode(code, scale, zero)
+
+
+def uint8_quantize(
+    x: np.ndarray, *, axis: int | None, group: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x -> (codes uint8 of its shape, scale float32, zero uint8), by the range of what shares them.
+
+    lo = min(x, 0), hi = max(x, 0): scale = (hi - lo) / 255, zero = clip(rint(-lo / scale), 0, 255),
+    so that 0 has a code of its own. axis, group and the shapes of scale and zero: as int8_quantize.
+
+    All zeros, or a scale too small for float32: scale 1, codes and zero 0. A NaN, an infinity, or a
+    range too large for float32: the scale is NaN or infinity and codes and zero are 0.
+
+    Raises as int8_quantize does.
+    """
+    values, shared = _grouped(arguments.lifted(x), axis, group)
+    lowest = np.min(values, axis=shared, keepdims=True, initial=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        span = np.max(values, axis=shared, keepdims=True, initial=0) - lowest
+        scale = span / np.float32(255)
+    scale = np.where(scale == 0, np.float32(1), scale)
+    zero = _whole(-lowest, scale, 0, 255)
+    code = uint8_encode(values, scale, zero).reshape(np.shape(x))
+    zero = np.asarray(np.squeeze(zero, shared), np.uint8)
+    return code, np.asarray(np.squeeze(scale, shared)), zero
 
 
 def int4_encode(
