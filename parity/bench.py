@@ -190,7 +190,7 @@ class _Pass:
         contender = Contender(impl, "unknown")
         try:
             kernel = twin.load(target)
-            contender.source = record.source_hash(kernel.where)
+            contender.source = record.source_hash(kernel.where, self.work.name)
             contender.depends = _depends(kernel.where)
             fn, args, options = frameworks.prepared(
                 twin, kernel, self.problem, self.work, self.which, self.arrays
@@ -434,8 +434,8 @@ class Campaign:
 
 
 def _depends(where: str) -> str:
-    """A kernel file and the `_lib` beside it, hashed."""
-    files = [Path(where), Path(where).with_name("_lib.py")]
+    """A kernel's files and the `_lib` beside them, hashed."""
+    files = [*record.files_of(where), Path(where).with_name("_lib.py")]
     return record.hashed(b"".join(f.read_bytes() for f in files if f.is_file()))
 
 

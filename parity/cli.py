@@ -110,6 +110,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         commands[name] = sub
         return sub
 
+    def one_pass(sub: _Parser) -> None:
+        sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
+
     def choosing(sub: _Parser, default: str, *, impl: bool = True) -> None:
         sub.add_argument("stems", nargs="*", metavar="STEM", help="problems (default: all)")
         sub.add_argument(
@@ -141,7 +144,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="for one workload (default: 120 with --impl, else 300, on a GPU 600)",
     )
     sub.add_argument("--jobs", type=int, metavar="N", help="processes (default: 2 on a CPU)")
-    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
+    one_pass(sub)
     sub.add_argument(
         "-s", "--sizes", type=sizes, metavar="M=3,N=70", help="instead of the workload's own"
     )
@@ -166,7 +169,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sub = command("explain", "why the twins are as fast as they are; no GPU needed")
     sub.add_argument("stems", nargs="*", metavar="STEM", help="a problem")
     sub.add_argument("-w", "--workload", metavar="NAME", help="a workload (default: the first)")
-    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
+    one_pass(sub)
     sub.add_argument("--twin", choices=TWINS, help="only this one")
     sub.add_argument("--impl", metavar="FILE.py:function", help="your kernel in place of a twin")
     sub.add_argument("--as", dest="impl_as", choices=TWINS, help="its language")
@@ -182,7 +185,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     sub = command("tune", "search for faster Configs; prunes without a GPU, measures on a Hopper")
     choosing(sub, "model, without huge", impl=False)
-    sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
+    one_pass(sub)
     sub.add_argument("--exhaustive", action="store_true", help="every Config of the space")
     sub.add_argument("--resume", action="store_true", help="go on where the results stop")
     sub.add_argument("--budget", type=seconds, metavar="9m", help="stop in time: 90s, 9m, 1h")
@@ -194,6 +197,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     sub = command("bench", "time both twins beside their peers; needs a Hopper GPU")
     choosing(sub, "model, without huge")
+    one_pass(sub)
     sub.add_argument("--resume", action="store_true", help="only what the record file lacks")
     sub.add_argument("--budget", type=seconds, metavar="9m", help="stop in time: 90s, 9m, 1h")
     sub.add_argument("--out", type=Path, metavar="FILE", help="the JSONL record file")

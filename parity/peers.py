@@ -357,7 +357,7 @@ def jax_mosaic_ragged_dot(
 
     def weights(**tiles: int) -> Callable[..., Any]:
         call = functools.partial(weights_example.transposed_ragged_dot, **tiles)
-        return jax.jit(lambda x, dy, sizes: call(x.T, dy, group_sizes=sizes))
+        return jax.jit(lambda x, dy, sizes: call(x, dy, group_sizes=sizes))
 
     common = {"block_k": 64, "max_concurrent_steps": 4}
     settings = [

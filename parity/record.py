@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from parity import rungs
+
 SCHEMA = 1
 RECORDS = Path(__file__).parent / "records"
 
@@ -175,9 +177,15 @@ def read_device(device: str, root: Path = RECORDS) -> dict[str, Records]:
     return {p.stem: read(p) for p in sorted((root / slug(device)).glob("*.jsonl"))}
 
 
-def source_hash(path: str | Path) -> str:
-    """Twelve hex digits of a kernel file's content."""
-    return hashed(Path(path).read_bytes())
+def files_of(path: str | Path) -> list[Path]:
+    """A twin's file and those named after it: moe_gemm.py, moe_gemm_dw.py."""
+    path = Path(path)
+    return [path, *sorted(path.parent.glob(f"{path.stem}_*.py"))]
+
+
+def source_hash(path: str | Path, workload: str) -> str:
+    """Twelve hex digits of a twin's files without the tuned rungs of other workloads."""
+    return hashed("".join(rungs.only(file.read_text(), workload) for file in files_of(path)))
 
 
 def hashed(content: bytes | str) -> str:
@@ -192,7 +200,12 @@ def identity(**what: Any) -> str:
 
 
 def commit(where: Path = RECORDS.parent) -> str:
-    """The checkout's commit, with a + where files differ from it; "unknown" outside of one."""
+    """The checkout's commit, with a + where files differ from it; "unknown" outside of one.
+
+    PARITY_COMMIT in the environment says it where a copy runs that git knows nothing of.
+    """
+    if said := os.environ.get("PARITY_COMMIT"):
+        return said
     git = ["git", "-C", str(where)]
     try:
         head = subprocess.run(

@@ -119,8 +119,9 @@ class Line:
     @cached_property
     def best_peer(self) -> str | None:
         """The fastest peer of this pass."""
-        timed = {impl: us.p50 for impl in self.rows
-                 if impl.startswith("peer:") and (us := self.us(impl))}  # fmt: skip
+        timed = {impl: us.p50 for impl, row in self.rows.items()
+                 if impl.startswith("peer:") and not is_mark(row)
+                 and (us := self.us(impl))}  # fmt: skip
         return min(timed, key=lambda impl: timed[impl], default=None)
 
     def versus_peer(self, impl: str) -> tuple[float, str] | None:
@@ -129,6 +130,11 @@ class Line:
         if ours is None or peer is None:
             return None
         return peer.p50 / ours.p50, timing.verdict(ours, peer)
+
+
+def is_mark(row: Row) -> bool:
+    """Whether a peer is a mark to measure by, not what a user would call: it computes less."""
+    return "computes" in row["config"]
 
 
 WHERE = {"gpu": "on the GPU", "cpu": "interpreted"}  # a check ran
@@ -208,13 +214,15 @@ class Results:
                     yield p, w, which
 
     def stale(self, row: Row) -> bool:
-        """Whether the kernel's file has changed since the row was measured."""
+        """Whether the kernel has changed since the row was measured."""
         target = next(p for p in self.problems if p.stem == row["problem"]).implementations
-        return row["impl"] in target and row["source"] != self._file_hash(target[row["impl"]])
+        return row["impl"] in target and row["source"] != self._hash(
+            target[row["impl"]], row["workload"]
+        )
 
-    def _file_hash(self, target: str) -> str:
+    def _hash(self, target: str, workload: str) -> str:
         file = ROOT / (target.partition(":")[0].replace(".", "/") + ".py")
-        return record.source_hash(file) if file.is_file() else ""
+        return record.source_hash(file, workload) if file.is_file() else ""
 
     def outdated(self, check: Row) -> bool:
         """Whether anything that the twin is made of has changed since the check."""
@@ -509,6 +517,8 @@ def bench_table(lines: Iterable[Line], width: int, *, peers: bool = True) -> "ri
                 verdict = f"[bold red]{escape(words)}[/]" if failed else f"[dim]{words}[/]"
             elif impl == line.best_peer:
                 verdict = "best peer"
+            elif is_mark(row):
+                verdict = f"[dim]{escape(row['config']['computes'])}[/]"
             who = impl.removeprefix("peer:") if not ours else f"[bold]{impl}[/]"
             place = [line.workload if first else "", line.which if first else "", who]
             made.add_row(

@@ -13,6 +13,7 @@ with the winner gets none, so that most files have none at all:
 """
 
 import ast
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,21 @@ def bare(text: str) -> str:
     if len(marks) != 2 or lines[marks[1]].rstrip() != END:
         raise ValueError("tuned rungs: expected one block that ends in '# tuned: end'")
     return "".join(lines[: marks[0]] + lines[marks[1] + 1 :])
+
+
+def only(text: str, workload: str) -> str:
+    """A kernel file's text with the rungs that one workload asks for alone: what its results stand
+    on."""
+    without = bare(text)
+    if without == text:
+        return text
+    lines = text.splitlines(keepends=True)
+    first, last = (i for i, line in enumerate(lines) if line.startswith("    # tuned: "))
+    block = "".join(lines[first + 1 : last])
+    asked = [
+        rung for rung in re.split(r"^(?=    if )", block, flags=re.M) if f"# {workload} " in rung
+    ]
+    return "".join([*lines[:first], *asked, *lines[last + 1 :]])
 
 
 def ladder(module: Any) -> Callable[..., Any]:

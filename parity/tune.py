@@ -699,10 +699,11 @@ def _rounded(value: Any) -> Any:
 
 
 def source_of(task: Task) -> str:
-    """The kernel file, without tuned rungs, and the `_lib` beside it, hashed."""
+    """The kernel's files, without tuned rungs, and the `_lib` beside them, hashed."""
     place = task.problem.implementations[task.twin].rpartition(":")[0]
     file = Path(__file__).parents[1].joinpath(*place.split(".")).with_suffix(".py")
-    return record.hashed(rungs.bare(file.read_text()) + file.with_name("_lib.py").read_text())
+    parts = [rungs.bare(part.read_text()) for part in record.files_of(file)]
+    return record.hashed("".join([*parts, file.with_name("_lib.py").read_text()]))
 
 
 # Many tasks.

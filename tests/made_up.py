@@ -13,9 +13,9 @@ DEVICE = "NVIDIA H200"
 
 
 @cache
-def current(target: str) -> str:
-    """The hash of a twin's file, so that its rows are not outdated."""
-    return report.Results.here()._file_hash(target)
+def current(target: str, workload: str) -> str:
+    """The hash of a twin's files, so that its rows are not outdated."""
+    return report.Results.here()._hash(target, workload)
 
 
 def row(problem, work, which: str, impl: str, us: float | None, **more) -> dict:
@@ -42,7 +42,7 @@ def row(problem, work, which: str, impl: str, us: float | None, **more) -> dict:
         "config": {"block_m": 128},
         "versions": {"torch": "2.11.0", "triton": "3.6.0", "jax": "0.11.2"},
         "commit": "0123456789ab",
-        "source": current(problem.implementations.get(impl, "")),
+        "source": current(problem.implementations.get(impl, ""), work.name),
         "when": "2026-01-02T03:04:05+00:00",
     } | more
 

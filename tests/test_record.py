@@ -197,9 +197,11 @@ def test_places_and_hashes(tmp_path: Path):
     assert list(record.read_device("NVIDIA H200", tmp_path)) == ["softmax"]
     source = tmp_path / "kernel.py"
     source.write_text("one")
-    before = record.source_hash(source)
+    before = record.source_hash(source, "a")
     source.write_text("two")
-    assert len(before) == 12 and record.source_hash(source) != before
+    assert len(before) == 12 and (after := record.source_hash(source, "a")) != before
+    (tmp_path / "kernel_part.py").write_text("three")
+    assert record.source_hash(source, "a") != after
     assert record.identity(a=1, b=[2]) == record.identity(b=[2], a=1) != record.identity(a=1, b=[3])
 
 

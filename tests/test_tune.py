@@ -488,6 +488,7 @@ def test_a_rung_answers_its_question_and_no_other(stem, twin):
         assert theirs == answers(module, before, stem, framework, **change)
     assert rungs.emit(after, stem, twin, made) == after  # idempotent
     assert rungs.emit(after, stem, twin, []) == before == rungs.bare(after)
+    assert rungs.only(after, "another") == before != rungs.only(after, "softmax_77x4099")
     formatted = subprocess.run(
         [sys.executable, "-m", "ruff", "format", "--config", str(ROOT / "pyproject.toml"), "-"],
         input=after, capture_output=True, text=True, check=True,

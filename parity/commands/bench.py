@@ -1,5 +1,8 @@
 """`parity bench`: times both twins beside their peers, on a Hopper GPU."""
 
+import json
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ from parity.commands.shared import (
     console_of,
     implementations,
     needs_hopper,
+    needs_room,
     print_json,
     progress,
     runnable,
@@ -43,6 +47,7 @@ def run(args: Namespace) -> int:
         budget=args.budget,
         rounds=args.rounds,
         peers=not args.no_peers,
+        which=args.which,
     )
     red = any(row["check"].startswith("fail") for row in rows)
     if args.json:
@@ -66,13 +71,19 @@ def timed(
     budget: float | None = None,
     rounds: int | None = None,
     peers: bool = True,
+    which: str | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measures and records: (new rows, the steps that the budget did not reach)."""
+    """Measures and records: (new rows, the steps that the budget did not reach).
+
+    A pass that needs the device to itself is measured in a process of its own: what one framework's
+    allocator has kept, the other cannot have.
+    """
     needs_hopper()
     runnable(tuple(impls or twins), "gpu")
     from parity import frameworks, report
     from parity.bench import Campaign, Machine
     from parity.device import WarmCache
+    from parity.spec import PASSES
     from parity.timing import NothingSeen
 
     frameworks.gpu()
@@ -81,11 +92,15 @@ def timed(
     end = None if budget is None else time.monotonic() + budget
     rows: list[dict[str, Any]] = []
     left: list[str] = []
+    passes = (which,) if which else PASSES
+    steps = [(p, w, x) for p, w in selection for x in w.passes if x in passes]
+    apart = impls is None and len(steps) > 1
+    alone = [step for step in steps if apart and needs_room(step[1])]
     by_problem: dict[str, list[tuple[Any, Any]]] = {}
     for p, w in selection:
-        by_problem.setdefault(p.stem, []).append((p, w))
-    total = sum(len(w.passes) for _, w in selection)
-    done = 0
+        if not (apart and needs_room(w)):
+            by_problem.setdefault(p.stem, []).append((p, w))
+    total, done = len(steps), 0
     with progress(total, "bench") as tell:
         try:
             machine = Machine.here()
@@ -101,6 +116,7 @@ def timed(
                     resume=resume,
                     budget=None if end is None else max(0.0, end - time.monotonic()),
                     machine=machine,
+                    passes=passes,
                     **how,
                 )
                 done += len(campaign.standing)
@@ -111,9 +127,44 @@ def timed(
                     tell(f"{row['problem']} {row['workload']} {row['pass']}", done + finished)
                 done += remaining
                 left += [f"{s.problem.stem} {s.work.name} {s.which}" for s in campaign.left]
+            for p, w, x in alone:
+                seconds = None if end is None else end - time.monotonic()
+                tell(f"{p.stem} {w.name} {x}", done)
+                if seconds is not None and seconds <= 0:
+                    left.append(f"{p.stem} {w.name} {x}")
+                else:
+                    rows += _alone(p, w, x, twins, out, resume, seconds, rounds, peers)
+                done += 1
         except (NothingSeen, WarmCache) as e:
             raise Stop(ENVIRONMENT, f"nothing can be timed here: {e} (`parity doctor`)") from None
     return rows, left
+
+
+def _alone(
+    p: "parity.spec.Problem",
+    w: "parity.spec.Workload",
+    which: str,
+    twins: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    budget: float | None,
+    rounds: int | None,
+    peers: bool,
+) -> list[dict[str, Any]]:
+    """One pass in a process of its own, by this command: its rows, which it has recorded."""
+    command = [sys.executable, "-c", "import sys; from parity.cli import main; sys.exit(main())"]
+    command += ["bench", "--json", "-w", f"{p.stem}/{w.name}", "--pass", which]
+    command += ["--twin", *twins] if len(twins) == 1 else []
+    command += ["--out", str(out)] if out else []
+    command += ["--resume"] if resume else []
+    command += ["--no-peers"] if not peers else []
+    command += ["--budget", f"{max(1, int(budget))}s"] if budget is not None else []
+    command += ["--rounds", str(rounds)] if rounds else []
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode not in (PASS, FAILED):
+        said = ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"]
+        raise Stop(ENVIRONMENT, f"{p.stem} {w.name} {which}, in a process of its own: {said[-1]}")
+    return json.loads(ran.stdout)["rows"]
 
 
 def show_bench(rows: list[dict], left: list[str]) -> None:

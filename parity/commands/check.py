@@ -23,6 +23,7 @@ from parity.commands.shared import (
     implementations,
     mode_of,
     nearest,
+    needs_room,
     print_json,
     problems_of,
     progress,
@@ -141,7 +142,7 @@ def judged(
             if able[twin]
         ]
         targets = {twin: target for twin, target in targets.items() if not able[twin]}
-        alone = "huge" in w.tags
+        alone = needs_room(w)
         left_out = tuple(name for name in without if name in shrink.optional(p, w))
         which = tuple(x for x in passes or w.passes if x in w.passes)
         jobs.append(

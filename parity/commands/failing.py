@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.commands.shared import Pair, progress
+from parity.commands.shared import Pair, needs_room, progress
 
 if TYPE_CHECKING:
     import rich.console
@@ -133,7 +133,7 @@ def _story(
             said(f"try {tries}, {case}")
             which = (row["which"],)
             job = crew.Job(p.stem, w.name, which, w.dtype, targets, args.seed,
-                           "huge" in w.tags, dict(case.sizes), case.without)  # fmt: skip
+                           needs_room(w), dict(case.sizes), case.without)  # fmt: skip
             (found,) = (r for r in ask(job, lambda phrase: None) if r["impl"] == row["impl"])
             answers[case.key] = found
             unfair = (found.get("diagnosis") or {}).get("unfair")

@@ -49,6 +49,11 @@ def problems_of(stems: Sequence[str]) -> list["parity.spec.Problem"]:
         raise Stop(USAGE, e.args[0]) from None
 
 
+def needs_room(w: "parity.spec.Workload") -> bool:
+    """Whether a workload wants the device for itself: frameworks keep the memory they once had."""
+    return not {"huge", "large"}.isdisjoint(w.tags)
+
+
 def selected(args: Namespace, default: Sequence[str]) -> list[Pair]:
     """The workloads that the words of -w mean, in the order of the problems.
 

@@ -67,6 +67,7 @@ def _layer(
     how its rows are routed."""
     kind = name.rpartition("_")[2]
     tags = ("model", bound, kind if kind in SKEWED else "uniform")
+    tags += ("large",) if E * K * N > 1 << 31 else ()  # 30 GB in float64
     sizes = {"E": E, "M": M, "K": K, "N": N} | ({"T": T} if T else {})
     absent = tuple(n for n in OPTIONAL if n != "rows" or not T)
     passes = passes or ("fwd", "bwd")
