@@ -72,7 +72,7 @@ def q01() -> Picture:
     whole = np.rint(shown / np.float32(scale))
     for x, q in zip(shown, whole, strict=True):
         axes.plot([x, x, -0.03], [-1.6, q, q], color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
-        sheet.words(x + 0.001, -1.1, f"{x:g}", size=SMALL, color=ORANGE)
+        sheet.words(float(x) + 0.001, -1.1, f"{x:g}", size=SMALL, color=ORANGE)
     axes.set_xlim(-0.03, 0.15)
     axes.set_ylim(-1.6, 7.6)
     axes.set_yticks(codes)
@@ -119,6 +119,44 @@ def q02() -> Picture:
     )
 
 
+def q03() -> Picture:
+    rng = np.random.default_rng(3)
+    gate = rng.standard_normal(2000)
+    x = (gate / (1 + np.exp(-gate))).astype(np.float32)  # SiLU
+    _, scale, zero = formats.uint8_quantize(x, axis=None)
+    _, wide = formats.int8_quantize(x, axis=None)
+    top, low, high = 127 * float(wide), float(x.min()), float(x.max())
+    sheet = Sheet("q03", 136, left=40, right=14, top=4, bottom=4)
+    axes = sheet.axes
+    axes.set_axis_off()
+    axes.set_xlim(-top, top)
+    axes.set_ylim(136, 0)
+    counts, edges = np.histogram(x, 60)
+    tall = 50 * counts / counts.max()
+    axes.bar(edges[:-1], -tall, np.diff(edges), bottom=56, align="edge", color=INK["peer"],
+             linewidth=0)  # fmt: skip
+    sheet.words(high, 44, "SiLU(x)", size=SMALL, ha="right", color=INK["faint"])
+    axes.vlines(0, 2, 128, color=INK["faint"], linewidth=0.8, linestyle=(0, (3, 2)))
+    rulers = (("int8", 74, -top, top, "-127", "127", "0", BLUE, float(wide)),
+              ("uint8", 108, low, high, "0", "255", str(zero), ORANGE, float(scale)))  # fmt: skip
+    for name, y, left, right, first, last, middle, colour, step in rulers:
+        marks = left + step * np.arange(0, 256, 5)
+        axes.hlines(y, left, right, color=colour, linewidth=1.6)
+        axes.vlines(marks[marks <= right + step], y - 4, y + 4, color=colour, linewidth=0.7)
+        sheet.words(-1.02 * top, y, name, color=colour, ha="right", weight=700)
+        for at, text, side in (
+            (left, first, "center"),
+            (0, middle, "left"),
+            (right, last, "center"),
+        ):
+            sheet.words(at + 0.05, y + 12, text, size=SMALL, color=colour, ha=side)
+    return sheet.picture(
+        "int8 and uint8 over the same values",
+        f"Values of a SiLU from {low:.2f} to {high:.2f}. int8 spends its codes on {-top:.2f} to "
+        f"{top:.2f}; uint8 with the zero point {zero} on what there is. A mark is five codes.",
+    )
+
+
 def q04() -> Picture:
     sheet = diagram("q04", 118)
     codes, wide, high = (3, -1), 20.0, 16.0
@@ -158,7 +196,7 @@ def bits(
         sheet.words(x + (i + 0.5) * wide, y + high / 2 + 0.5, digit, color=colour, ha="center")
 
 
-PICTURES: Mapping[str, Callable[[], Picture]] = {"q01": q01, "q02": q02, "q04": q04}
+PICTURES: Mapping[str, Callable[[], Picture]] = {"q01": q01, "q02": q02, "q03": q03, "q04": q04}
 
 
 if __name__ == "__main__":
