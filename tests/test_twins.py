@@ -22,8 +22,6 @@ OWN_CONFIG_FIELDS = {
 }
 # Kernels that one language alone needs, by "package/stem", each with its reason.
 OWN_KERNELS: dict[str, set[str]] = {
-    # Pallas takes few rows per expert with the plain form
-    "triton_kernels/moe_gemm": {"moe_gemm_decode_kernel"},
     # Triton gathers rows by pointers, on their way to shared memory
     "pallas_kernels/moe_gemm": {"moe_gemm_gather_kernel"},
 }
@@ -57,11 +55,17 @@ def config_fields(module: ast.Module) -> list[str]:
     return [n.target.id for n in config.body if isinstance(n, ast.AnnAssign)]  # pyright: ignore
 
 
+def parts(package: str, stem: str) -> list[Path]:
+    """The files beside a large stem that hold parts of it: moe_gemm_dw.py."""
+    return sorted((ROOT / package).glob(f"{stem}_*.py"))
+
+
 def kernels(package: str, stem: str) -> dict[str, str]:
-    """Source of every kernel of the file, without the leading underscore."""
-    text = (ROOT / package / f"{stem}.py").read_text()
+    """Source of every kernel of the stem, without the leading underscore, file by file."""
+    texts = [f.read_text() for f in (ROOT / package / f"{stem}.py", *parts(package, stem))]
     return {
         name.strip("_"): ast.get_source_segment(text, f) or ""
+        for text in texts
         for name, f in functions(ast.parse(text)).items()
         if name.startswith("_") and name.endswith("_kernel")
     }
@@ -73,8 +77,13 @@ def stages(source: str) -> list[str]:
 
 
 def test_every_problem_has_its_twins_and_every_twin_its_problem():
-    for package in TWINS:
-        assert {f.stem for f in (ROOT / package).glob("[!_]*.py")} == set(STEMS)
+    for package, other in (TWINS, TWINS[::-1]):
+        further = [part for stem in STEMS for part in parts(package, stem)]
+        files = {f.stem for f in (ROOT / package).glob("[!_]*.py")}
+        assert files == {*STEMS, *(part.stem for part in further)}
+        for part in further:
+            doc = ast.get_docstring(tree(package, part.stem)) or ""
+            assert f"Twin: {other}/{part.name}" in doc
 
 
 def test_the_packages_export_the_same_names():
