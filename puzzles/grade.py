@@ -177,7 +177,7 @@ class _Run:
     def read(self) -> Result | None:
         """What can be said before anything runs."""
         try:
-            wrong = policy.broken(self.source, self.puzzle.allow)
+            wrong = policy.broken(self.source, self.puzzle.allow, self.puzzle.ban)
         except (SyntaxError, ValueError) as e:
             line = getattr(e, "lineno", None)
             self.outcomes.append(

@@ -14,6 +14,7 @@ import numpy as np
 
 from parity import formats
 from parity.drawings import INK, Picture, Sheet
+from puzzles.puzzle import load
 
 HOME = Path(__file__).resolve().parent
 SMALL = 7.8  # points
@@ -196,7 +197,52 @@ def bits(
         sheet.words(x + (i + 0.5) * wide, y + high / 2 + 0.5, digit, color=colour, ha="center")
 
 
-PICTURES: Mapping[str, Callable[[], Picture]] = {"q01": q01, "q02": q02, "q03": q03, "q04": q04}
+def q05() -> Picture:
+    spec = load(HOME / "q05").spec
+    steps, seeds = 4096, (1, 2, 3)
+    step = np.float32(0.01)
+    t = np.arange(steps + 1)
+    sheet = plot("q05", 130, "steps", "sum of hundredths")
+    axes = sheet.axes
+    axes.plot(t, t * 0.01, color=INK["faint"], linewidth=0.9, linestyle=(0, (3, 2)))
+    ends = []
+    for seed in seeds:
+        drawn = spec.philox(seed, np.arange(steps)) & np.uint32(0xFFFF)
+        path = _summed(step, lambda t, bits, drawn=drawn: drawn[t])
+        axes.plot(t[::16], path[::16], color=ORANGE, linewidth=0.9)
+        ends.append(path[-1])
+    nearest = _summed(step, lambda t, bits: 0x7FFF + (bits >> 16 & 1))
+    axes.plot(t[::16], nearest[::16], color=BLUE, linewidth=1.6)
+    sheet.words(2300, 31, "at random, three seeds", size=SMALL, color=ORANGE, ha="right")
+    sheet.words(steps, nearest[-1] + 3.4, "to the nearest", size=SMALL, color=BLUE, ha="right")
+    axes.set_xlim(0, steps * 1.03)
+    axes.set_ylim(0, 46)
+    axes.set_xticks(range(0, steps + 1, 1024))
+    return sheet.picture(
+        "A sum in bfloat16",
+        f"{steps} hundredths are {steps / 100:g}. In bfloat16 the sum rounded to the nearest ends "
+        f"at {nearest[-1]:g}; rounded at random it ends at "
+        f"{', '.join(f'{end:g}' for end in ends)}.",
+    )
+
+
+def _summed(step: np.float32, added: Callable[[int, int], int]) -> list[float]:
+    """4096 steps added up in bfloat16: `added` to the bits before the lower half is cleared."""
+    path = [0.0]
+    for t in range(4096):
+        bits = int((np.float32(path[-1]) + step).view(np.uint32))
+        bits = (bits + int(added(t, bits))) & 0xFFFF0000
+        path.append(float(np.uint32(bits).view(np.float32)))
+    return path
+
+
+PICTURES: Mapping[str, Callable[[], Picture]] = {
+    "q01": q01,
+    "q02": q02,
+    "q03": q03,
+    "q04": q04,
+    "q05": q05,
+}
 
 
 if __name__ == "__main__":

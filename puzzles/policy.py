@@ -57,13 +57,31 @@ class Broken:
     sentence: str
 
 
-def broken(source: str, allow: Mapping[str, tuple[str, ...]]) -> list[Broken]:
+def broken(
+    source: str, allow: Mapping[str, tuple[str, ...]], ban: tuple[str, ...] = ()
+) -> list[Broken]:
     """Every rule that this source breaks, in the order of its lines.
 
-    allow: names beyond the lists above, by module. Raises SyntaxError.
+    allow: names beyond the lists above, by module. ban: what even a kernel may not name, because
+    the puzzle is to write it. Raises SyntaxError.
     """
     tree = ast.parse(source)
-    return sorted(_Walk(tree, allow).found(), key=lambda b: b.line)
+    found = [*_Walk(tree, allow).found(), *_banned(tree, ban)]
+    return sorted(found, key=lambda b: b.line)
+
+
+def _banned(tree: ast.Module, ban: tuple[str, ...]) -> Iterator[Broken]:
+    """Names, attributes, imports, and dtypes given as a string, that begin with a banned word."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name) | ast.Name(id=name) | ast.alias(name=name):
+                pass
+            case ast.Constant(value=str(name)):
+                pass
+            case _:
+                continue
+        if ban and name.startswith(ban):
+            yield Broken(node.lineno, f"{name} is what this puzzle asks you to write")
 
 
 class _Walk:
@@ -172,7 +190,8 @@ class _Walk:
 
 
 def _kernels(tree: ast.Module) -> set[Any]:
-    """Functions that run on the device: decorated with jit, or handed to kernel or pallas_call."""
+    """Functions that run on the device: decorated with jit, handed to kernel or pallas_call, or
+    named by such functions and by nothing else."""
     handed: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -188,4 +207,13 @@ def _kernels(tree: ast.Module) -> set[Any]:
                 found.add(node)
             elif any(m.startswith("plgpu.kernel") for m in marks):
                 found.add(node)
+    helpers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n not in found]
+    for node in helpers:
+        users = {top for top in tree.body if top is not node and node.name in _named(top)}
+        if users and users <= found:
+            found.add(node)
     return found
+
+
+def _named(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}

@@ -83,6 +83,7 @@ class Puzzle:
     allow: Mapping[str, tuple[str, ...]]  # module -> names beyond those that every puzzle may use
     folder: Path
     requires: tuple[str, ...] = ()
+    ban: tuple[str, ...] = ()  # beginnings of names that a solution may not use even in a kernel
     glue: tuple[str, ...] = ()  # framework operations around the kernels, as parity's witness has
 
     @cached_property
@@ -172,6 +173,7 @@ def load(folder: Path) -> Puzzle:
                 "backends": tuple(described["backends"]),
                 "requires": tuple(described.get("requires", ())),
                 "hints": tuple(described["hints"]),
+                "ban": tuple(described.get("ban", ())),
                 "glue": tuple(described.get("glue", ())),
                 "points": Points(**described["points"]),
                 "limits": Limits(**described["limits"]),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from parity.commands.shared import Stop
+from parity.spec import Arithmetic
 from puzzles import author, pictures, policy, verdicts
 from puzzles.cli import main
 from puzzles.grade import Result, grade
 from puzzles.process import Child
 from puzzles.progress import Progress
 from puzzles.puzzle import HOLE, HOME, Puzzle, load, skeleton_of, track
+from puzzles.spec import case
 
 Q01 = load(HOME / "q01")
 SEED = author.SEED
@@ -31,7 +33,7 @@ def test_a_puzzle_keeps_to_the_form(puzzle: Puzzle):
     assert not wrong
     for backend in puzzle.backends:
         for text in (puzzle.solution(backend), puzzle.skeleton(backend)):
-            assert not policy.broken(text, puzzle.allow)
+            assert not policy.broken(text, puzzle.allow, puzzle.ban)
         for mutant in puzzle.mutants:
             assert mutant.verdict in verdicts.VERDICTS
             if backend in mutant.edits:
@@ -55,6 +57,17 @@ def test_a_skeleton_is_the_solution_with_holes():
         f"def f(x):\n    # 1. double it\n    # why\n    {HOLE}\n    return x\n\n\ndef g():\n"
         f"    y = 1\n    {HOLE}\n    return y\n"
     )
+
+
+def test_the_random_numbers_of_q05_are_philoxs_and_round_without_bias():
+    spec = load(HOME / "q05").spec
+    # Random123's known answer for a counter and a key of zeros
+    assert spec.philox(0, np.array([0]))[0] == 0x6627E8D5
+    x = np.full((1, 20000), 1 + 0.3 / 128, np.float32)
+    (rounded,) = spec.oracle(Arithmetic.truth(np), case("mean", {}, seed=5), x)
+    assert set(np.unique(rounded)) == {1, 1 + 1 / 128}
+    sigma = np.sqrt(0.3 * 0.7 / x.size) / 128
+    assert abs(rounded.astype(np.float64).mean() - float(x[0, 0])) < 4 * sigma
 
 
 # The gates, where a puzzle runs
@@ -222,11 +235,19 @@ def test_a_cheat_is_caught(name: str, children: dict[str, Child]):
     assert found.verdict == verdict, found.detail
 
 
+def test_what_a_puzzle_asks_for_may_not_be_called():
+    for name in ("x.to(tl.float8e4nv)", "jnp.float8_e4m3fn", "x.astype('float8_e4m3fn')"):
+        source = f"def solve(x):\n    y = {name}\n    return y\n"
+        (found,) = policy.broken(source, {}, ("float8",))
+        assert found.line == 2 and "asks you to write" in found.sentence
+    assert not policy.broken("def solve(x):\n    return 'a float8'\n", {}, ("float8",))
+
+
 # Behind the rules: what a solution could do if nobody had read it first
 
 
 def ungated(monkeypatch: pytest.MonkeyPatch, child: Child, source: str) -> Result:
-    monkeypatch.setattr(policy, "broken", lambda source, allow: [])
+    monkeypatch.setattr(policy, "broken", lambda *rules: [])
     return grade(Q01, "triton", source, seed=SEED, explain=False, hasty=True, child=child)
 
 
@@ -274,7 +295,7 @@ def test_a_kernel_that_does_not_matter_is_found_out(
     }[backend]
     text = Q01.solution(backend).replace("def solve", f"{library}\n\ndef solve")
     head, _, _ = text.rpartition("    return ")
-    monkeypatch.setattr(policy, "broken", lambda source, allow: [])
+    monkeypatch.setattr(policy, "broken", lambda *rules: [])
     found = grade(
         replace(Q01, glue=ALLOWED[backend]), backend, head + "    return answer(x)\n", seed=SEED,
         explain=False, hasty=True, child=children[backend],
