@@ -1,19 +1,26 @@
 """The Triton grouped product beside parity: bad input, bad sizes, autograd's manners, edges."""
 
 import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 if not torch.cuda.is_available():
-    import os
-
     if os.environ.get("TRITON_INTERPRET") != "1":
         from parity.frameworks import interpreters
 
         interpreters()
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from parity.frameworks.triton_interpreter import launches  # noqa: E402
 from triton_kernels import _lib, grouped_gemm, grouped_gemm_dw  # noqa: E402
 
 MOE = importlib.import_module("triton_kernels.moe_gemm")
@@ -294,3 +301,81 @@ def test_config_changes_no_result(config):
     swiglu = grouped_gemm(x, w, sizes, bias=bias, activation="swiglu", config=config)
     want = exact(x.double(), w.double(), (35, 35, 36, 56), None, bias.double(), swiglu=True)
     assert error(swiglu, want) < 5e-4
+
+
+def test_sums_over_more_rows_than_a_tile_holds():
+    """One expert has nearly all rows, in three tiles, and most of them took the same row of x."""
+    x, w, bias, dy = normal(5, 8), normal(3, 8, 16), normal(3, 16), normal(600, 16)
+    rows = torch.full((600,), 2, dtype=torch.int32, device=DEVICE)
+    rows[[7, 300, 559]], sizes = 4, ints(2, 560, 3)
+    _, res = MOE.grouped_gemm_fwd(x, w, sizes, rows=rows, bias=bias)
+    dx, dw, dbias = MOE.grouped_gemm_bwd(res, dy)
+    lifted = [t.double().requires_grad_() for t in (x, w, bias)]
+    want = exact(lifted[0], lifted[1], (2, 562, 565), rows, lifted[2])
+    exacts = torch.autograd.grad(want, lifted, dy.double())
+    for got, goal in zip((dx, dw, dbias), exacts, strict=True):
+        assert error(got, goal) < 5e-4
+    assert (dx[[0, 1, 3]] == 0).all()
+
+
+class _HostReads(TorchDispatchMode):
+    """Refuses what would bring a value of a tensor to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+def _specialised(value):
+    """What of an argument decides which code runs: of a tensor all but its values and place."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+    if isinstance(value, TensorDescriptor):
+        parts = _specialised(value.base), value.shape, value.strides, value.block_shape
+        return str(parts)
+    return value
+
+
+def _routed(sizes, x, w, options):
+    y, res = MOE.grouped_gemm_fwd(x, w, sizes, config=SMALL, **options)
+    activation = {"activation": options.get("activation")}
+    MOE.grouped_gemm_bwd(res, torch.ones_like(y), config=SMALL, **activation)
+    grouped_gemm_dw(x[: len(y)], x[: len(y)], sizes, config=SMALL)
+
+
+def test_what_the_host_launches_does_not_depend_on_the_routing():
+    """So no routing compiles anew, and a captured CUDA graph serves them all."""
+    x, w = normal(60, 16), normal(6, 16, 32)
+    fused = {
+        "rows": torch.arange(60, dtype=torch.int32, device=DEVICE), "bias": normal(6, 32),
+        "row_scale": normal(60, dtype=FLOAT), "activation": "swiglu",
+    }  # fmt: skip
+    for options, kernels in (({}, 8), (fused, 12)):
+        found = set()
+        for draw in range(20):
+            share = torch.rand(6) ** draw
+            share[: draw % 6] = 0
+            experts = torch.multinomial(share, 60 - draw, replacement=True)
+            sizes = experts.bincount(minlength=6).int().to(DEVICE)
+            with launches(ghost=True) as launched, _HostReads():
+                _routed(sizes, x, w, options)
+            assert len(launched) == kernels
+            arguments = [{k: _specialised(v) for k, v in a.items()} for _, a in launched]
+            found.add(str(arguments))
+        assert len(found) == 1
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there are no CUDA graphs and no compilations on a CPU"
+)
+def test_one_captured_graph_serves_twenty_routings():
+    folder = Path(__file__).parent
+    cpu_mode = ("TRITON_INTERPRET", "JAX_PLATFORMS")
+    env = {k: v for k, v in os.environ.items() if k not in cpu_mode}
+    done = subprocess.run(
+        [sys.executable, str(folder / "moe_on_gpu.py")],
+        env=env | {"PYTHONPATH": str(folder.parent)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["compiled"] > 0 and seen["recompiled"] == 0 and seen["routings"] == 40
