@@ -81,6 +81,23 @@ def test_non_finite_and_zero_elements(y, r, ok):
     assert verdict.ok is ok
 
 
+@pytest.mark.parametrize(
+    ("y", "r", "ok"),
+    [
+        ([[1.0, 5e-7]], [[1.0, 0.0]], True),  # a sum that is zero by chance
+        ([[1.0, 2e-6]], [[1.0, 0.0]], False),
+        ([[1.0, 1.0], [0.0, 1e-7]], [[1.0, 1.0], [0.0, 0.0]], False),  # a row without terms
+        ([[1.0, 0.0]], [[1.0, 1.0]], False),
+    ],
+)
+def test_zeros_of_products(y, r, ok):
+    r = np.array(r)
+    y = np.array(y, np.float32)
+    verdict = judge("y", y, r, r, Array(y.shape, "float32"), family="gemm", terms=256)
+    assert verdict.ok is ok
+    assert ok or verdict.reason == "zeros"
+
+
 def test_the_exact_probe_names_the_first_wrong_element():
     r = np.arange(12.0).reshape(3, 4)
     y = r.astype(np.float32)

@@ -103,6 +103,15 @@ def timed(
     total, done = len(steps), 0
     with progress(total, "bench") as tell:
         try:
+            # first: while this process has allocated nothing
+            for p, w, x in alone:
+                seconds = None if end is None else end - time.monotonic()
+                tell(f"{p.stem} {w.name} {x}", done)
+                if seconds is not None and seconds <= 0:
+                    left.append(f"{p.stem} {w.name} {x}")
+                else:
+                    rows += _alone(p, w, x, twins, out, resume, seconds, rounds, peers)
+                done += 1
             machine = Machine.here()
             for pairs in by_problem.values():
                 p = pairs[0][0]
@@ -127,14 +136,6 @@ def timed(
                     tell(f"{row['problem']} {row['workload']} {row['pass']}", done + finished)
                 done += remaining
                 left += [f"{s.problem.stem} {s.work.name} {s.which}" for s in campaign.left]
-            for p, w, x in alone:
-                seconds = None if end is None else end - time.monotonic()
-                tell(f"{p.stem} {w.name} {x}", done)
-                if seconds is not None and seconds <= 0:
-                    left.append(f"{p.stem} {w.name} {x}")
-                else:
-                    rows += _alone(p, w, x, twins, out, resume, seconds, rounds, peers)
-                done += 1
         except (NothingSeen, WarmCache) as e:
             raise Stop(ENVIRONMENT, f"nothing can be timed here: {e} (`parity doctor`)") from None
     return rows, left
