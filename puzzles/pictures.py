@@ -236,12 +236,45 @@ def _summed(step: np.float32, added: Callable[[int, int], int]) -> list[float]:
     return path
 
 
+def q06() -> Picture:
+    unit = 2.0**-9
+    x = np.arange(0, 0x29C0, dtype=np.uint16).view(np.float16)  # below 23 * 2^-9
+    y = formats.E4M3.decode(formats.E4M3.encode(x))
+    sheet = plot("q06", 150, "x, in units of 2^-9", "the number that its code stands for")
+    axes = sheet.axes
+    axes.axvspan(0, 8, color=INK["shade"], linewidth=0)
+    at = x.astype(np.float32) / unit
+    axes.plot([0, 24], [0, 24], color=INK["faint"], linewidth=0.8, linestyle=(0, (3, 2)))
+    for value in np.unique(y):
+        owned = at[y == value]
+        code = int(formats.E4M3.encode(np.float32(value)))
+        colour = ORANGE if value < 8 * unit else BLUE
+        ends = [owned[0], owned[-1]]
+        axes.plot(ends, [value / unit] * 2, color=colour, linewidth=2)
+        if code % 2 == 0:  # both ties are this code's
+            axes.plot(ends, [value / unit] * 2, "o", color=colour, markersize=3)
+    sheet.words(0.4, 21, "subnormals: 0, 1 .. 7", size=SMALL, color=ORANGE)
+    sheet.words(8.4, 21, "1.m * 2^-6: 8 .. 15", size=SMALL, color=BLUE)
+    sheet.words(16.4, 13, "1.m * 2^-5:\n16, 18 .. 30", size=SMALL, color=BLUE)
+    axes.set_xlim(0, 24)
+    axes.set_ylim(-0.6, 24.6)
+    axes.set_xticks(range(0, 25, 4))
+    axes.set_yticks(range(0, 25, 4))
+    return sheet.picture(
+        "e4m3 near zero",
+        "A staircase of e4m3 numbers over float16 numbers, in units of 2^-9. Eight subnormals and "
+        "the eight numbers from 2^-6 on are one unit apart, those from 2^-5 on two. Dots: ties, "
+        "which belong to even codes.",
+    )
+
+
 PICTURES: Mapping[str, Callable[[], Picture]] = {
     "q01": q01,
     "q02": q02,
     "q03": q03,
     "q04": q04,
     "q05": q05,
+    "q06": q06,
 }
 
 

@@ -71,10 +71,10 @@ def broken(
 
 
 def _banned(tree: ast.Module, ban: tuple[str, ...]) -> Iterator[Broken]:
-    """Names, attributes, imports, and dtypes given as a string, that begin with a banned word."""
+    """Attributes, imports, and dtypes given as a string, that begin with a banned word."""
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(attr=name) | ast.Name(id=name) | ast.alias(name=name):
+            case ast.Attribute(attr=name) | ast.alias(name=name):
                 pass
             case ast.Constant(value=str(name)):
                 pass
