@@ -6,6 +6,7 @@ process.py   the child process as the parent holds it
 child.py     the child: the learner's code under limits
 triton_side.py, pallas_side.py   one call, watched
 policy.py    what a solution may name              verdicts.py  every verdict, and what helps
+gpu_side.py  one call, and a race, on a GPU        speed.py     races and tiers
 progress.py  the learner's file                    show.py      how a result looks
 author.py    the gates that every puzzle passes    cli.py, commands.py
 """

@@ -1,4 +1,5 @@
-"""The gates that a puzzle passes before a learner meets it: `puzzles author new|check|mutants`.
+"""The gates that a puzzle passes before a learner meets it: `puzzles author check|mutants|new`, and
+the speed that it asks for, measured on this GPU: `puzzles author calibrate`.
 
 statement   at most 60 lines of at most 80 columns, eight numbers and a picture, drawn in text for
             a terminal and by puzzles.pictures for a page; hints
@@ -7,11 +8,13 @@ solution    passes, all points, from a cold start within 15 s
 mutants     three or more in each language, and each fails with the verdict it names
 """
 
+import secrets
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +25,7 @@ from parity.commands.shared import (
     Stop,
     broken_is_environment,
     console_of,
+    needs_hopper,
     print_json,
     progress,
     runnable,
@@ -30,6 +34,7 @@ from puzzles.grade import Result, grade
 from puzzles.process import Child
 from puzzles.puzzle import HOLE, HOME, Mutant, Puzzle, track
 from puzzles.show import IMAGE
+from puzzles.speed import Raced, keep, tiers_of
 
 LINES, COLUMNS = 60, 80
 PICTURE_BYTES = 150_000
@@ -128,6 +133,8 @@ def run(args: Namespace) -> int:
     if args.action == "new":
         return _new(args)
     chosen = [puzzle_named(word) for word in args.puzzles] or list(track())
+    if args.action == "calibrate":
+        return _calibrate(args, [p for p in chosen if p.points.speed])
     pairs = [(p, b) for p in chosen for b in p.backends if args.backend in (None, b)]
     runnable(sorted({b for _, b in pairs}), "cpu")
     found = [] if args.action == "mutants" else [g for p in chosen for g in statement_gates(p)]
@@ -152,6 +159,58 @@ def run(args: Namespace) -> int:
         table.add_row(mark, gate.puzzle, gate.backend, gate.name, escape(gate.detail))
     console.print(table)
     return FAILED if bad else PASS
+
+
+# Speed.
+
+
+def calibrated(puzzle: Puzzle, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Races the solutions, and slow ones, on this GPU and writes the puzzle's speed.json.
+
+    origin: when, and from which commit. Returns what was written of this GPU.
+
+    Raises parity.commands.shared.Stop if an answer was wrong, the machine is too noisy, or the
+    tiers would not tell a solution from a slow one.
+    """
+    solves = {b: (b, puzzle.solution(b)) for b in puzzle.backends}
+    solves |= {f"slow_{b}": (b, puzzle.slow.source(puzzle, b)) for b in puzzle.slow.edits}
+    with Child(puzzle.backends[0], puzzle.limits, gpu=True) as child:
+        answer = child.race(puzzle.id, solves, secrets.randbits(32))
+    if not answer["ok"]:
+        raise Stop(FAILED, f"{puzzle.id}: {answer['detail']}")
+    raced = Raced(**answer["raced"])
+    for name in solves:
+        backend = name.removeprefix("slow_")
+        speed = raced.speed(name, tiers_of(raced, backend))
+        if speed.state != "timed":
+            raise Stop(FAILED, f"{puzzle.id} {name}: {speed.state}, {speed.detail}")
+        if name != backend and speed.tier == len(speed.tiers):
+            raise Stop(FAILED, f"{puzzle.id} {name} reaches the top tier, {speed.tiers[-1]:g}x")
+    return keep(puzzle.folder, puzzle.version, raced, origin)
+
+
+def _calibrate(args: Namespace, chosen: list[Puzzle]) -> int:
+    from datetime import UTC, datetime
+
+    from parity import record
+
+    needs_hopper()
+    origin = {"commit": record.commit(), "when": datetime.now(UTC).isoformat(timespec="seconds")}
+    with broken_is_environment(), progress(len(chosen), "calibrate") as tell:
+        rows = {}
+        for done, puzzle in enumerate(chosen, 1):
+            rows[puzzle.id] = calibrated(puzzle, origin)
+            tell(puzzle.id, done)
+    if args.json:
+        print_json({"ok": True, "puzzles": rows})
+        return PASS
+    console = console_of()
+    for name, row in rows.items():
+        for backend, tiers in row["tiers"].items():
+            reached = row["measured"][backend]["low"]
+            asked = ", ".join(f"{tier:g}x" for tier in tiers)
+            console.print(f"{name} {backend}: {reached:g}x of {row['baseline']}; tiers {asked}")
+    return PASS
 
 
 def _new(args: Namespace) -> int:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter  # by name: the module's may be replaced
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,11 @@ _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spaw
 # Functions of a clock or of the framework that nobody has a reason to replace
 _KEPT = {
     "time": ("time", "perf_counter", "perf_counter_ns", "monotonic", "sleep", "process_time"),
-    "torch": ("empty", "empty_like", "zeros", "equal"),
+    "torch": ("empty", "empty_like", "zeros", "equal", "where", "round", "stack", "full"),
+    "torch.cuda": ("synchronize", "current_stream", "empty_cache", "is_available"),
+    "torch.profiler": ("profile",),
+    "parity.frameworks.tracer": ("cold", "kernels", "wait_for"),
+    "puzzles.speed": ("race", "measure", "Runner"),
     "triton": ("jit",),
     "jax": ("jit", "make_jaxpr", "block_until_ready"),
     "numpy": ("load", "save", "savez", "isnan"),
@@ -53,8 +56,14 @@ class LimitError(RuntimeError):
         self.verdict = verdict
 
 
-def serve(backend: str, folder: str, jobs: int, answers: int, data_gib: float) -> None:
-    """Answers jobs until the pipe closes."""
+def serve(
+    backend: str, folder: str, jobs: int, answers: int, data_gib: float, gpu: bool = False
+) -> None:
+    """Answers jobs until the pipe closes.
+
+    gpu: kernels are compiled, which takes processes, files and address space: what keeps a solution
+    in its folder has seen it in the interpreter before.
+    """
     read = os.fdopen(jobs)
     write = os.fdopen(answers, "w")
     word = json.loads(read.readline())["word"]
@@ -66,15 +75,16 @@ def serve(backend: str, folder: str, jobs: int, answers: int, data_gib: float) -
     try:
         from parity import frameworks
 
-        frameworks.interpreters(only=backend)
-        side = _side(backend)
+        frameworks.gpu() if gpu else frameworks.interpreters(only=backend)
+        side = _side(backend, gpu)
     except Exception as e:
         say({"broken": f"{type(e).__name__}: {e}"})
         raise
     os.chdir(folder)
-    _limit(data_gib)
     guard = _Guard(Path(folder))
-    sys.addaudithook(guard.hook)
+    if not gpu:
+        _limit(data_gib)
+        sys.addaudithook(guard.hook)
     kept = _functions()
     solve: Callable[..., Any] | None = None
     say({"ready": True})
@@ -86,6 +96,8 @@ def serve(backend: str, folder: str, jobs: int, answers: int, data_gib: float) -
                 with guard.learner():
                     solve = _load(side, Path(job["file"]))
                 message: dict[str, Any] = {"ok": True}
+            elif job["do"] == "race":
+                message = _race(job)
             else:
                 assert solve is not None
                 message = _run(side, solve, job, guard)
@@ -99,12 +111,16 @@ def serve(backend: str, folder: str, jobs: int, answers: int, data_gib: float) -
         say(message)
 
 
-def _side(backend: str) -> ModuleType:
+def _side(backend: str, gpu: bool) -> Any:
     if backend == "triton":
         from puzzles import triton_side as side
     else:
         from puzzles import pallas_side as side
-    return side
+    if not gpu:
+        return side
+    from puzzles import gpu_side
+
+    return gpu_side.Side(backend, side)
 
 
 def _limit(data_gib: float) -> None:
@@ -180,7 +196,7 @@ def _replaced(kept: Mapping[tuple[str, str], Any]) -> str:
     return ""
 
 
-def _load(side: ModuleType, file: Path) -> Callable[..., Any]:
+def _load(side: Any, file: Path) -> Callable[..., Any]:
     from parity.frameworks import load_target
 
     with side.watching():
@@ -193,8 +209,20 @@ def _load(side: ModuleType, file: Path) -> Callable[..., Any]:
     return function
 
 
+def _race(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Times the solutions in some files: {name: [backend, file]}."""
+    from puzzles import gpu_side
+    from puzzles.puzzle import HOME, load
+
+    solves = {}
+    for name, (backend, file) in job["solves"].items():
+        side = _side(backend, True)
+        solves[name] = side, _load(side, Path(file))
+    return {"ok": True, "raced": gpu_side.race(load(HOME / job["puzzle"]), solves, job["seed"])}
+
+
 def _run(
-    side: ModuleType, solve: Callable[..., Any], job: Mapping[str, Any], guard: _Guard
+    side: Any, solve: Callable[..., Any], job: Mapping[str, Any], guard: _Guard
 ) -> dict[str, Any]:
     arrays = dict(np.load(job["inputs"]))
     began = perf_counter()

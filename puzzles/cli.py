@@ -81,8 +81,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command("watch", "check a file again whenever you save it", puzzle="?", backend=True)
     command("report", "what you have done so far")
     command("doctor", "what this machine can run")
-    sub = command("author", "for authors: new, check, mutants")
-    sub.add_argument("action", choices=("new", "check", "mutants"))
+    sub = command("author", "for authors: new, check, mutants, calibrate")
+    sub.add_argument("action", choices=("new", "check", "mutants", "calibrate"))
     sub.add_argument("puzzles", nargs="*", metavar="qNN", help="default: all")
     sub.add_argument("-b", "--backend", choices=TWINS, help="only this language")
 

@@ -18,7 +18,7 @@ from parity.commands.shared import (
 )
 from parity.commands.shared import progress as progress_bar
 from puzzles import show
-from puzzles.grade import Result, grade
+from puzzles.grade import Result, grade, timed
 from puzzles.progress import Progress, folder_of
 from puzzles.puzzle import HOME, Puzzle, load, names, track
 
@@ -31,6 +31,16 @@ def puzzle_named(word: str) -> Puzzle:
     if name not in names():
         raise Stop(USAGE, f"no puzzle {word!r}{nearest(name, names())}")
     return load(HOME / name)
+
+
+def why_not_timed(backend: str) -> str:
+    """Why a solution cannot be timed on this machine, "" if it can."""
+    from parity import doctor
+
+    machine = doctor.machine()
+    if not machine.gpu:
+        return "it needs a GPU"
+    return "" if backend in machine.compiled() else "Pallas needs a Hopper GPU"
 
 
 def _progress(args: Namespace) -> Progress:
@@ -70,7 +80,7 @@ def list_(args: Namespace) -> int:
         best = max((sum(done.of(p.id, b).get("best", {}).values()) for b in p.backends), default=0)
         rows.append(
             {"id": p.id, "title": p.title, "level": p.level, "states": states, "best": best,
-             "within_reach": p.points.correctness + p.points.constraints,
+             "within_reach": _within_reach(p),
              "all": p.points.correctness + p.points.constraints + p.points.speed,
              "hints": done.hints(p.id)}
         )  # fmt: skip
@@ -98,6 +108,13 @@ def list_(args: Namespace) -> int:
                       f"{r['best']:g}/{r['within_reach']}")  # fmt: skip
     console.print(table)
     return PASS
+
+
+def _within_reach(puzzle: Puzzle) -> int:
+    """Points that can be had here: those for speed where a language can be timed."""
+    points = puzzle.points
+    timed_here = points.speed and not all(why_not_timed(b) for b in puzzle.backends)
+    return points.correctness + points.constraints + (points.speed if timed_here else 0)
 
 
 def next_(args: Namespace) -> int:
@@ -169,6 +186,7 @@ def _graded(args: Namespace, puzzle: Puzzle, backend: str, file: Path) -> Result
     with broken_is_environment(), progress_bar(cases, f"check {puzzle.id}") as tell:
         source = file.read_text(errors="replace")
         found = grade(puzzle, backend, source, seed=getattr(args, "seed", None) or "", tell=tell)
+        found = timed(puzzle, backend, source, found, why_not=why_not_timed(backend), tell=tell)
     done.graded(found.to_json())
     done.write()
     return found

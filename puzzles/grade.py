@@ -6,6 +6,7 @@
     the first case       once more, bit for bit equal; then once more on other numbers
     ghost replay         with kernels that do nothing the answer must be wrong
     a failure            the smallest case that fails the same way, and the mutant it looks like
+    speed                on a GPU: the cases once more, compiled, and a race against the baseline
 
 parity's judge decides whether values are right, its shrink finds the smallest case, its diagnosis
 says what is wrong with it.
@@ -29,7 +30,8 @@ from puzzles import policy
 from puzzles.process import Child
 from puzzles.puzzle import Puzzle
 from puzzles.seen import unwritten
-from puzzles.verdicts import OF_JUDGE
+from puzzles.speed import YOURS, Raced, Speed, locked, thresholds
+from puzzles.verdicts import OF_JUDGE, VERDICTS
 
 ENOUGH = 0.6  # of the cases must be right before constraints earn points
 SHRINK_SECONDS = 6.0
@@ -95,13 +97,15 @@ class Result:
     seconds: float = 0.0
     output: str = ""  # what the learner's code printed, the beginning
     unchanged: bool = False  # it is still the skeleton
+    speed: Speed | None = None  # where the puzzle has points for it
 
     @property
     def ok(self) -> bool:
         return self.verdict == "pass"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"ok": self.ok}
+        speed = {"speed": self.speed and self.speed.to_json()}
+        return asdict(self) | speed | {"ok": self.ok}
 
 
 def grade(
@@ -135,6 +139,49 @@ def grade(
                 child = mine.enter_context(Child(backend, puzzle.limits))
             found = run.run(child, explain, hasty)
     return replace(found, seconds=time.perf_counter() - began)
+
+
+def timed(
+    puzzle: Puzzle,
+    backend: str,
+    source: str,
+    found: Result,
+    *,
+    why_not: str = "",
+    tell: Callable[[str], None] = lambda phrase: None,
+) -> Result:
+    """A graded solution with what its speed is worth; one that is not right has none.
+
+    why_not: why nothing can be timed here, "" if it can. Raises parity.workers.Broken if a process
+    cannot even start.
+    """
+    if not found.ok or not puzzle.points.speed:
+        return found
+    if why_not:
+        return replace(found, speed=locked(why_not))
+    began = time.perf_counter()
+    with Child(backend, puzzle.limits, gpu=True) as child:
+        tell("the cases again, compiled for this GPU")
+        compiled = grade(
+            puzzle, backend, source, seed=found.seed, explain=False, hasty=True, child=child
+        )
+        if not compiled.ok:
+            detail = compiled.detail or VERDICTS[compiled.verdict].says
+            return replace(found, verdict="wrong_on_gpu", detail=detail)
+        tell("a race against the baseline")
+        answer = child.race(puzzle.id, {YOURS: (backend, source)}, secrets.randbits(32))
+    if not answer["ok"]:
+        return replace(found, verdict="wrong_on_gpu", detail=answer["detail"])
+    raced = Raced(**answer["raced"])
+    tiers = thresholds(puzzle.folder, puzzle.version, raced.device, backend)
+    speed = raced.speed(YOURS, tiers)
+    verdict = {"wrong": "wrong_on_gpu", "impossible": "impossible"}.get(speed.state, found.verdict)
+    points = {**found.points, "speed": speed.points(puzzle.points.speed)}
+    seconds = found.seconds + time.perf_counter() - began
+    detail = found.detail if verdict == found.verdict else speed.detail
+    return replace(
+        found, speed=speed, verdict=verdict, detail=detail, points=points, seconds=seconds
+    )
 
 
 class _Run:

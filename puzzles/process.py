@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,15 +22,20 @@ from parity.workers import ROOT, Broken, death, kill
 from puzzles.puzzle import Limits
 
 START_SECONDS = 60.0
+COMPILE_SECONDS, GPU_SECONDS = 60.0, 300.0  # for one case, and for all and the race
 FLOOD = 1 << 20  # bytes printed after which the process is ended
 KEPT = 64 << 10  # bytes of them that are kept
 
 
 class Child:
-    """One process, started when it is first asked and again after it died."""
+    """One process, started when it is first asked and again after it died.
 
-    def __init__(self, backend: str, limits: Limits) -> None:
-        self.backend, self.limits = backend, limits
+    gpu: it compiles for the GPU instead of interpreting, which takes longer.
+    """
+
+    def __init__(self, backend: str, limits: Limits, *, gpu: bool = False) -> None:
+        self.backend, self.gpu = backend, gpu
+        self.limits = replace(limits, case_s=COMPILE_SECONDS, wall_s=GPU_SECONDS) if gpu else limits
         self.until = 0.0
         self.process: subprocess.Popen | None = None
         self.printed = bytearray()
@@ -96,6 +102,20 @@ class Child:
             answer["outputs"] = _read(outputs)
         return answer
 
+    def race(self, puzzle: str, solves: Mapping[str, tuple[str, str]], seed: int) -> dict[str, Any]:
+        """Times solutions against the puzzle's baseline: {"ok", "raced"}, the fields of a Raced.
+
+        solves: name -> (backend, source).
+        """
+        files = {}
+        for name, (backend, source) in solves.items():
+            file = self.folder / f"{name}.py"
+            file.write_text(source)
+            files[name] = backend, str(file)
+        self.until = time.monotonic() + self.limits.wall_s
+        job = {"do": "race", "puzzle": puzzle, "solves": files, "seed": seed}
+        return self._ask(job, self.limits.wall_s)
+
     # Beneath.
 
     def _ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -150,10 +170,13 @@ class Child:
         code = (
             f"import sys; sys.path.insert(0, {str(ROOT)!r}); from puzzles.child import serve; "
             f"serve({self.backend!r}, {str(self.folder)!r}, {jobs_read}, {answers_write}, "
-            f"{self.limits.data_gib})"
+            f"{self.limits.data_gib}, {self.gpu})"
         )
         # TMPDIR: what a framework writes on its own behalf stays in the folder too
         env = {**os.environ, "TMPDIR": str(self.folder), "TRITON_CACHE_DIR": str(self.folder)}
+        if self.gpu:
+            for name in ("TRITON_INTERPRET", "JAX_PLATFORMS"):
+                env.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, "-B", "-W", "ignore", "-c", code],  # of NaN inside kernels
             stdin=subprocess.DEVNULL,

@@ -6,6 +6,12 @@
     solution_BACKEND.py   a solution; the lines between its markers are the holes of the skeleton
     mutants/NAME.toml     a mistake: an edit of each solution, the verdict it must get, in words
 
+and where speed counts:
+
+    baseline.py           what a solution is raced against, on a GPU
+    slow.toml             an edit that makes each solution slow and leaves it right
+    speed.json            the tiers by GPU, written by `puzzles author calibrate`
+
 The skeleton is the solution with each marked piece replaced by the comments that open it and, where
 Python needs a statement, `pass`: it cannot drift away from what is known to work.
 """
@@ -94,6 +100,11 @@ class Puzzle:
     def problem(self) -> Problem:
         return self.spec.PROBLEM
 
+    @cached_property
+    def baseline(self) -> ModuleType:
+        """What a solution is raced against: needs torch."""
+        return _module(self.folder / "baseline.py", f"puzzles_{self.id}_baseline")
+
     @property
     def exact(self) -> tuple[str, ...]:
         """Outputs that are right bit for bit or wrong."""
@@ -111,6 +122,11 @@ class Puzzle:
     @cached_property
     def mutants(self) -> tuple[Mutant, ...]:
         return tuple(_mutant(path) for path in sorted((self.folder / "mutants").glob("*.toml")))
+
+    @property
+    def slow(self) -> Mutant:
+        """The solutions, slow: no mistake, and no tier at the top."""
+        return _mutant(self.folder / "slow.toml")
 
     def cases(self, rng: np.random.Generator) -> list[Workload]:
         """The public cases, which never change, and fresh ones around them."""

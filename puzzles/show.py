@@ -14,7 +14,6 @@ from puzzles.verdicts import VERDICTS
 if TYPE_CHECKING:
     import rich.console
 
-LOCKED = "locked: it needs a GPU; nothing is lost"
 IMAGE = re.compile(r"!\[([^\]]*)\]\(picture\.svg\)\n\n?")  # Markdown's, its words in group 1
 _PRINTED = 8  # lines of what the learner's code printed
 
@@ -101,9 +100,12 @@ def _bars(console: "rich.console.Console", found: Result) -> None:
         else f"{c.name} {c.measured:.2f}x of {c.limit:g}x" + ("" if c.ok else " [red]too many[/]")
         for c in found.constraints
     )  # fmt: skip
-    for name, text in (("correctness", cases), ("constraints", measured), ("speed", LOCKED)):
+    told = {"correctness": cases, "constraints": measured, "speed": _speed(found)}
+    for name, text in told.items():
         possible, got = found.possible[name], found.points[name]
-        if name == "speed" or not possible:
+        if not possible:
+            continue
+        if name == "speed" and (found.speed is None or found.speed.state != "timed"):
             console.print(f"  {name:<12}{'·' * 10}     [dim]{text}[/]")
             continue
         full = round(10 * got / possible)
@@ -111,6 +113,23 @@ def _bars(console: "rich.console.Console", found: Result) -> None:
         bar = ("█" if blocks else "#") * full + ("░" if blocks else "-") * (10 - full)
         colour = "green" if got == possible else "yellow"
         console.print(f"  {name:<12}[{colour}]{bar}[/] {got:g} of {possible:g}   [dim]{text}[/]")
+
+
+def _speed(found: Result) -> str:
+    speed = found.speed
+    if speed is None:
+        return "after everything else, on a GPU"
+    if speed.state == "locked":
+        return f"locked: {speed.detail}; nothing is lost"
+    times = (
+        f"{speed.us:.1f} us, {speed.low:.2f}x of {speed.baseline} ({speed.baseline_us:.1f} us), "
+        f"{speed.roof:.0%} of the roof"
+    )
+    if speed.state != "timed":
+        return f"{escape(speed.detail)}; {times}"
+    beyond = [tier for tier in speed.tiers if tier > speed.low]
+    after = f"; the next tier is at {beyond[0]:g}x" if beyond else ""
+    return f"tier {speed.tier} of {len(speed.tiers)}: {times}{after}"
 
 
 def _printed(console: "rich.console.Console", output: str) -> None:

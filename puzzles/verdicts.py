@@ -66,6 +66,15 @@ VERDICTS: Mapping[str, Meaning] = {
         "something other than the kernel did the work",
         "Library operations on whole arrays are not what is asked for here.",
     ),
+    # on a GPU
+    "wrong_on_gpu": Meaning(
+        "right in the interpreter, wrong on the GPU",
+        "Programs run at once there: no block may rely on another one, nor on what memory held.",
+    ),
+    "impossible": Meaning(
+        "faster than the memory of this GPU",
+        "Some answer was not computed from its input while the clock ran.",
+    ),
     # the process
     "raised": Meaning(
         "it raised an exception", "Read the message; the line of your file stands above."
