@@ -268,6 +268,37 @@ def q06() -> Picture:
     )
 
 
+def q07() -> Picture:
+    sheet = Sheet("q07", 118, left=40, right=10, top=4, bottom=32)
+    axes = sheet.axes
+    rows = (
+        ("e2m1", formats.E2M1.values[1:8], ORANGE),
+        ("e5m2", formats.E5M2.values[1 : formats.E5M2.largest_code + 1], BLUE),
+        ("e8m0", formats.e8m0_decode(np.arange(255, dtype=np.uint8)), INK["ink"]),
+    )
+    low, high = -19.0, 18.0
+    said = []
+    for row, (name, values, colour) in enumerate(rows):
+        y = 16 + 36 * row
+        at = np.log2(values.astype(np.float64))
+        inside = at[(at > low) & (at < high)]
+        axes.vlines(inside, y - 8, y + 8, color=colour, linewidth=0.8)
+        axes.hlines(y, max(low, at[0]), min(high, at[-1]), color=colour, linewidth=0.8)
+        sheet.words(low - 0.6, y, name, color=colour, ha="right", weight=700)
+        end = f"{values[-1]:g}" if values[-1] < 1e6 else f"2^{at[-1]:g}"
+        said.append(f"{name} has {len(values)}, from 2^{at[0]:g} to {end}")
+    axes.set_xlim(low, high)
+    axes.set_ylim(118, 0)
+    axes.set_yticks([])
+    powers = range(-16, 17, 4)
+    axes.set_xticks(powers, [f"2^{p}" for p in powers])
+    sheet.words(high, 118 - 10, "and on to 2^127", size=SMALL, ha="right", color=INK["faint"])
+    axes.set_xlabel("positive numbers", size=SMALL, color=INK["ink"])
+    return sheet.picture(
+        "Reach and density of three formats", f"Positive numbers: {'; '.join(said)}."
+    )
+
+
 PICTURES: Mapping[str, Callable[[], Picture]] = {
     "q01": q01,
     "q02": q02,
@@ -275,6 +306,7 @@ PICTURES: Mapping[str, Callable[[], Picture]] = {
     "q04": q04,
     "q05": q05,
     "q06": q06,
+    "q07": q07,
 }
 
 
