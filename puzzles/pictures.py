@@ -247,7 +247,7 @@ def q06() -> Picture:
     axes.plot([0, 24], [0, 24], color=INK["faint"], linewidth=0.8, linestyle=(0, (3, 2)))
     for value in np.unique(y):
         owned = at[y == value]
-        code = int(formats.E4M3.encode(np.float32(value)))
+        code = int(formats.E4M3.encode(np.asarray(value)))
         colour = ORANGE if value < 8 * unit else BLUE
         ends = [owned[0], owned[-1]]
         axes.plot(ends, [value / unit] * 2, color=colour, linewidth=2)
@@ -299,6 +299,79 @@ def q07() -> Picture:
     )
 
 
+def q08() -> Picture:
+    rng = np.random.default_rng(8)
+    sizes = np.sort(2.0 ** rng.uniform(-9, 3, 24)).astype(np.float32)
+    x = rng.standard_normal((24, 512)).astype(np.float32) * sizes[:, None]
+    kinds = (
+        ("one scale for all", x.reshape(1, -1), BLUE),
+        ("a scale for each token", x, ORANGE),
+    )
+    sheet = plot("q08", 130, "tokens, from the smallest to the largest", "relative error", left=44)
+    axes = sheet.axes
+    ends = []
+    for name, grouped, colour in kinds:
+        code, scale = formats.int8_quantize(grouped, axis=-1)
+        back = formats.int8_dequantize(code, scale, axis=-1).reshape(x.shape)
+        error = np.linalg.norm(back - x, axis=1) / np.linalg.norm(x, axis=1)
+        axes.plot(np.arange(24), error, "o-", color=colour, markersize=2.5, linewidth=1)
+        ends.append((name, error[0], error[-1]))
+    axes.set_yscale("log")
+    axes.set_ylim(3e-3, 2.5)
+    sheet.words(0.3, 1.4, kinds[0][0], size=SMALL, color=BLUE)
+    sheet.words(0.3, 0.017, kinds[1][0], size=SMALL, color=ORANGE)
+    told = "; ".join(f"{name}: from {a:.2g} to {b:.2g}" for name, a, b in ends)
+    return sheet.picture("What a token loses", f"Relative errors of 24 tokens in int8. {told}.")
+
+
+def q09() -> Picture:
+    w = np.random.default_rng(9).standard_normal(64 * 4096).astype(np.float32)
+    packed, absmax = formats.nf4_quantize(w, double=False)
+    share = w / np.repeat(np.asarray(absmax), 64)
+    sheet = plot("q09", 130, "w over the largest of its block", "how often")
+    axes = sheet.axes
+    counts, edges = np.histogram(share, 120, (-1, 1))
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=INK["peer"], linewidth=0)
+    tall = counts.max() * 1.15
+    axes.vlines(formats.NF4, 0, tall, color=ORANGE, linewidth=1.1)
+    for code in (0, 3, 7, 12, 15):
+        sheet.words(float(formats.NF4[code]), tall * 1.05, f"{code}", size=SMALL, color=ORANGE,
+                    ha="center")  # fmt: skip
+    axes.set_xlim(-1.04, 1.04)
+    axes.set_ylim(0, tall * 1.12)
+    axes.set_yticks([])
+    used = np.bincount(formats.unpack_nibbles(packed, low_first=False), minlength=16) / w.size
+    return sheet.picture(
+        "The sixteen values of NF4",
+        "A normal distribution, each block of 64 over its largest magnitude, and the sixteen "
+        f"values from -1 to 1. Code 7 is 0. Codes are used between {used.min():.1%} and "
+        f"{used.max():.1%} of the time.",
+    )
+
+
+def q15() -> Picture:
+    n, k = 28672, 8192
+    m = 2.0 ** np.arange(0, 12.01, 0.25)
+    kinds = (("float16 weights", 16.0, BLUE), ("four bits", 4 + 24 / 128, ORANGE))
+    sheet = plot("q15", 130, "tokens M", "megabytes moved", left=40)
+    axes = sheet.axes
+    said = []
+    for name, bits_each, colour in kinds:
+        moved = (n * k * bits_each / 8 + 2 * m * (n + k)) / 1e6
+        axes.plot(m, moved, color=colour, linewidth=1.6)
+        sheet.words(1.1, moved[0] * 1.12, name, size=SMALL, color=colour)
+        said.append(f"{name}: {moved[0]:.0f} MB for one token, {moved[-1]:.0f} for {m[-1]:.0f}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_ylim(80, 1200)
+    axes.set_yticks([100, 200, 500, 1000], ["100", "200", "500", "1000"])
+    axes.set_yticks([], minor=True)
+    axes.set_xticks([1, 16, 256, 4096], ["1", "16", "256", "4096"])
+    return sheet.picture(
+        f"Bytes of a product with {n} x {k} weights", f"{'; '.join(said)}. Activations are float16."
+    )
+
+
 PICTURES: Mapping[str, Callable[[], Picture]] = {
     "q01": q01,
     "q02": q02,
@@ -307,6 +380,9 @@ PICTURES: Mapping[str, Callable[[], Picture]] = {
     "q05": q05,
     "q06": q06,
     "q07": q07,
+    "q08": q08,
+    "q09": q09,
+    "q15": q15,
 }
 
 

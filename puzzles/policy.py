@@ -191,7 +191,7 @@ class _Walk:
 
 def _kernels(tree: ast.Module) -> set[Any]:
     """Functions that run on the device: decorated with jit, handed to kernel or pallas_call, or
-    named by such functions and by nothing else."""
+    called by no others."""
     handed: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -208,9 +208,9 @@ def _kernels(tree: ast.Module) -> set[Any]:
             elif any(m.startswith("plgpu.kernel") for m in marks):
                 found.add(node)
     helpers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n not in found]
-    for node in helpers:
+    for node in reversed(helpers):  # callers stand below what they call
         users = {top for top in tree.body if top is not node and node.name in _named(top)}
-        if users and users <= found:
+        if node.name != "solve" and users <= found:
             found.add(node)
     return found
 

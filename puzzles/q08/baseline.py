@@ -1,0 +1,36 @@
+"""What Q08 is raced against: the two passes that PyTorch makes of it, each its own kernels."""
+
+from collections.abc import Sequence
+
+import torch
+
+from parity.spec import Workload
+
+NAME = "PyTorch eager: largest magnitude, then round"
+
+
+def draw(work: Workload, generator: torch.Generator) -> Sequence[torch.Tensor]:
+    shape = work["M"], work["K"]
+    return (torch.randn(shape, generator=generator, device=generator.device).half(),)
+
+
+def prepared(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What the baseline takes, made of the inputs before the clock runs."""
+    return inputs
+
+
+def baseline(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    top = x.abs().amax(1).float()
+    scale = torch.where(top == 0, 1.0, top / 127)
+    q = torch.round(x * (127 / torch.where(top == 0, 1.0, top))[:, None]).to(torch.int8)
+    return q, scale
+
+
+def answer(dtype: torch.dtype, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same, for the judge; codes are defined in float32."""
+    q, scale = baseline(x.float())
+    return q, scale.to(dtype)
+
+
+def least_bytes(work: Workload) -> float:
+    return work["M"] * (3 * work["K"] + 4)
