@@ -73,7 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command("list", "the track: what is solved, what can be reached on this machine")
     command("next", "the next puzzle: its statement, and a skeleton to fill", backend=True)
     sub = command("check", "grade your file", puzzle=None, backend=True)
-    sub.add_argument("--seed", type=_seed, help="of an earlier check, to see it again")
+    sub.add_argument("--seed", type=seed, help="of an earlier check, to see it again")
     sub.add_argument("--file", type=Path, help="grade this file instead of yours")
     command("hint", "one more hint; the earlier ones too", puzzle=None)
     command("show", "statement, and the solution once you solved it", puzzle=None, backend=True)
@@ -95,7 +95,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _seed(text: str) -> str:
+def seed(text: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{1,16}", text):
         raise argparse.ArgumentTypeError(f"expected hexadecimal digits, not {text!r}")
     return text.lower()

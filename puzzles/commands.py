@@ -3,6 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 
 from parity.commands.shared import (
@@ -52,22 +53,24 @@ def _progress(args: Namespace) -> Progress:
     return found
 
 
-def _backend(args: Namespace, puzzle: Puzzle, folder: Path, *, file: bool = True) -> str:
+def backend_of(asked: str | None, puzzle: Puzzle, folder: Path, *, file: bool = True) -> str:
     """What was asked for; else the language of the one file there is; else what can run here."""
-    if args.backend:
-        if args.backend not in puzzle.backends:
-            raise Stop(USAGE, f"{puzzle.id} is offered in {', '.join(puzzle.backends)}")
-        return args.backend
-    there = [b for b in puzzle.backends if _file(folder, puzzle, b).is_file()]
+    if asked:
+        if asked not in puzzle.backends:
+            raise Stop(
+                USAGE, f"{puzzle.id} is not offered in {asked!r}{nearest(asked, puzzle.backends)}"
+            )
+        return asked
+    there = [b for b in puzzle.backends if file_of(folder, puzzle, b).is_file()]
     if len(there) == 1:
         return there[0]
     if len(there) > 1 and file:
-        raise Stop(USAGE, f"{puzzle.id}: which one, -b {' or -b '.join(there)}?")
+        raise Stop(USAGE, f"{puzzle.id}: which one, {' or '.join(there)} (-b)?")
     here = runnable(puzzle.backends, "cpu")
     return next(b for b in puzzle.backends if not here[b])
 
 
-def _file(folder: Path, puzzle: Puzzle, backend: str) -> Path:
+def file_of(folder: Path, puzzle: Puzzle, backend: str) -> Path:
     return folder / f"{puzzle.id}_{backend}.py"
 
 
@@ -131,14 +134,14 @@ def next_(args: Namespace) -> int:
         console_of().print("Every puzzle is solved. The other language is next: `puzzles next -b`.")
         return PASS
     puzzle = open_[0]
-    backend = _backend(args, puzzle, folder, file=False)
+    backend = backend_of(args.backend, puzzle, folder, file=False)
     file = _skeleton(folder, puzzle, backend, done)
     if args.json:
         print_json({"id": puzzle.id, "backend": backend, "file": str(file)})
         return PASS
     console = console_of()
     show.statement(console, puzzle)
-    console.print(f"\nfill in  [bold]{_short(file)}[/]")
+    console.print(f"\nfill in  [bold]{short(file)}[/]")
     console.print(f"check    [bold]puzzles check {puzzle.id}[/]")
     other = [b for b in puzzle.backends if b != backend]
     if other:
@@ -147,7 +150,7 @@ def next_(args: Namespace) -> int:
 
 
 def _skeleton(folder: Path, puzzle: Puzzle, backend: str, done: Progress) -> Path:
-    file = _file(folder, puzzle, backend)
+    file = file_of(folder, puzzle, backend)
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(puzzle.skeleton(backend))
@@ -155,7 +158,7 @@ def _skeleton(folder: Path, puzzle: Puzzle, backend: str, done: Progress) -> Pat
     return file
 
 
-def _short(file: Path) -> str:
+def short(file: Path) -> str:
     try:
         return str(file.relative_to(Path.cwd()))
     except ValueError:
@@ -165,20 +168,20 @@ def _short(file: Path) -> str:
 def check(args: Namespace) -> int:
     puzzle = puzzle_named(args.puzzle)
     folder = folder_of(args.folder)
-    backend = _backend(args, puzzle, folder)
-    file = args.file or _file(folder, puzzle, backend)
+    backend = backend_of(args.backend, puzzle, folder)
+    file = args.file or file_of(folder, puzzle, backend)
     if not file.is_file():
         wanted = "puzzles next" if not args.file else "look at the name"
-        raise Stop(USAGE, f"no file {_short(file)} ({wanted})")
-    found = _graded(args, puzzle, backend, file)
+        raise Stop(USAGE, f"no file {short(file)} ({wanted})")
+    found = graded(args, puzzle, backend, file)
     if args.json:
         print_json(found.to_json())
     else:
-        show.result(console_of(), puzzle, found, _short(file))
+        show.result(console_of(), puzzle, found, short(file))
     return PASS if found.ok else FAILED
 
 
-def _graded(args: Namespace, puzzle: Puzzle, backend: str, file: Path) -> Result:
+def graded(args: Namespace, puzzle: Puzzle, backend: str, file: Path) -> Result:
     """Grades a file and keeps what came of it."""
     runnable((backend,), "cpu")
     done = _progress(args)
@@ -210,7 +213,7 @@ def hint(args: Namespace) -> int:
 def show_(args: Namespace) -> int:
     puzzle = puzzle_named(args.puzzle)
     done = _progress(args)
-    backend = _backend(args, puzzle, done.folder, file=False)
+    backend = backend_of(args.backend, puzzle, done.folder, file=False)
     solved = done.state(puzzle, backend).startswith("solved")
     if args.json:
         print_json(
@@ -233,19 +236,29 @@ def show_(args: Namespace) -> int:
 def reset(args: Namespace) -> int:
     puzzle = puzzle_named(args.puzzle)
     folder = folder_of(args.folder)
-    backend = _backend(args, puzzle, folder)
-    file = _file(folder, puzzle, backend)
-    kept = ""
-    if file.exists():
-        before = file.with_name(f"{file.stem}.{time.strftime('%Y%m%d-%H%M%S')}.py.old")
-        file.rename(before)
-        kept = f"; what you had is {_short(before)}"
+    backend = backend_of(args.backend, puzzle, folder)
+    file = file_of(folder, puzzle, backend)
+    before = put_aside(file)
+    kept = f"; what you had is {short(before)}" if before else ""
     _skeleton(folder, puzzle, backend, _progress(args))
     if args.json:
         print_json({"id": puzzle.id, "backend": backend, "file": str(file)})
     else:
-        console_of().print(f"{_short(file)} is the skeleton again{kept}. Progress is kept.")
+        console_of().print(f"{short(file)} is the skeleton again{kept}. Progress is kept.")
     return PASS
+
+
+def put_aside(file: Path) -> Path | None:
+    """Renames a file that is there to one that is not; None where there was none."""
+    if not file.exists():
+        return None
+    when = time.strftime("%Y%m%d-%H%M%S")
+    before = file.with_name(f"{file.stem}.{when}.py.old")
+    for again in count(2):  # twice within a second
+        if not before.exists():
+            break
+        before = file.with_name(f"{file.stem}.{when}-{again}.py.old")
+    return file.rename(before)
 
 
 def watch(args: Namespace) -> int:
@@ -253,10 +266,13 @@ def watch(args: Namespace) -> int:
     folder = folder_of(args.folder)
     wanted = [puzzle_named(args.puzzle)] if args.puzzle else list(track())
     files = {
-        _file(folder, p, b): (p, b) for p in wanted for b in p.backends if args.backend in (None, b)
+        file_of(folder, p, b): (p, b)
+        for p in wanted
+        for b in p.backends
+        if args.backend in (None, b)
     }
     console = console_of()
-    console.print(f"watching {_short(folder)}; Ctrl-C ends it")
+    console.print(f"watching {short(folder)}; Ctrl-C ends it")
     seen = {file: _saved(file) for file in files}
     while True:
         for file, (puzzle, backend) in files.items():
@@ -264,8 +280,8 @@ def watch(args: Namespace) -> int:
                 continue
             seen[file] = now
             if now:
-                found = _graded(args, puzzle, backend, file)
-                show.result(console, puzzle, found, _short(file))
+                found = graded(args, puzzle, backend, file)
+                show.result(console, puzzle, found, short(file))
         time.sleep(0.3)
 
 

@@ -493,7 +493,8 @@ def judged(
     )  # fmt: skip
     told = tuple(specs.items())
     if len(outputs) != len(specs):
-        detail = f"solve returned {len(outputs)} arrays, expected {len(specs)}: {', '.join(specs)}"
+        count = f"{len(outputs)} array{'s' * (len(outputs) != 1)}"
+        detail = f"solve returned {count}, expected {len(specs)}: {', '.join(specs)}"
         return Judgement(Verdict("outputs", False, "shape", detail), math.nan, truth, model, told)
     found = dict(zip(specs, outputs, strict=True))
     judged_floats = [

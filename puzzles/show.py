@@ -18,8 +18,10 @@ IMAGE = re.compile(r"!\[([^\]]*)\]\(picture\.svg\)\n\n?")  # Markdown's, its wor
 _PRINTED = 8  # lines of what the learner's code printed
 
 
-def result(console: "rich.console.Console", puzzle: Puzzle, found: Result, file: str) -> None:
-    """A graded solution in at most some twenty lines."""
+def result(
+    console: "rich.console.Console", puzzle: Puzzle, found: Result, file: str, *, prompt: str = ""
+) -> None:
+    """A graded solution in at most some twenty lines. prompt: before a command of the shell."""
     how = f"{found.backend}, interpreted on the CPU"
     console.print(
         f"[bold]{puzzle.id.upper()} {escape(puzzle.title)}[/]   [dim]{how}, seed {found.seed}[/]"
@@ -35,13 +37,13 @@ def result(console: "rich.console.Console", puzzle: Puzzle, found: Result, file:
     if found.output.strip():
         _printed(console, found.output)
     if found.ok:
-        console.print("next: [bold]puzzles next[/]")
+        console.print(f"next: [bold]{prompt}puzzles next[/]")
         return
     if meaning.helps:
         console.print(f"help: {escape(meaning.helps)}")
-    console.print(f"next: [bold]puzzles hint {found.puzzle}[/]")
+    console.print(f"next: [bold]{prompt}puzzles hint {found.puzzle}[/]")
     console.print(
-        f"same numbers again: [bold]puzzles check {found.puzzle} -b {found.backend} "
+        f"same numbers again: [bold]{prompt}puzzles check {found.puzzle} -b {found.backend} "
         f"--seed {found.seed}[/]",
         soft_wrap=True,
     )

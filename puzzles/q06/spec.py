@@ -35,7 +35,7 @@ class Halves:
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         size = self.shape[0]
         if self.content == "eight":
-            return np.resize(np.float16(EIGHT), size)
+            return np.resize(np.array(EIGHT, np.float16), size)
         if self.content == "every":
             return rng.permutation(np.arange(ALL, dtype=np.uint16)).view(np.float16)[:size]
         values = formats.E4M3.values[: formats.E4M3.largest_code + 1]

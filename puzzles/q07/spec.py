@@ -40,18 +40,22 @@ class Blocks:
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         shape = (self.rows, BLOCK)
         if self.content == "eight":
-            return np.tile(np.resize(np.float32([*EIGHT, *[0] * 24]), BLOCK), (self.rows, 1))
+            return np.tile(
+                np.resize(np.array([*EIGHT, *[0] * 24], np.float32), BLOCK), (self.rows, 1)
+            )
         if self.content == "broken":
             x = rng.standard_normal(shape, np.float32)
             at = rng.integers(BLOCK, size=self.rows)
-            x[np.arange(self.rows), at] = np.resize(np.float32([1, np.nan, -np.inf]), self.rows)
+            x[np.arange(self.rows), at] = np.resize(
+                np.array([1, np.nan, -np.inf], np.float32), self.rows
+            )
             return x
         values = self.fmt.values[: self.fmt.largest_code + 1]
         border = np.concatenate([values, (values[1:] + values[:-1]) / 2])
         near = np.concatenate([border, *(np.nextafter(border, np.float32(s)) for s in (1e9, 0))])
         near = rng.permutation(np.concatenate([near, -near]))
         x = np.resize(near, shape)
-        largest = self.fmt.largest * rng.choice(np.float32([1, 1.125]), self.rows)
+        largest = self.fmt.largest * rng.choice(np.array([1, 1.125], np.float32), self.rows)
         x[np.arange(self.rows), rng.integers(BLOCK, size=self.rows)] = largest
         return np.ldexp(x, rng.integers(-60, 60, (self.rows, 1))).astype(np.float32)
 
