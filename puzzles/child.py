@@ -249,6 +249,8 @@ def _save(path: str, outputs: tuple[np.ndarray, ...]) -> None:
 
 def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict on an exception of the learner's code, with the line it came from."""
+    while type(e).__name__ == "InterpreterError" and e.__cause__ is not None:
+        e = e.__cause__  # Triton's interpreter wraps what a kernel raises
     detail = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:300] if str(e).strip() else ''}"
     words = f"{type(e).__name__} {e}".lower()
     if isinstance(e, LimitError):
@@ -261,12 +263,11 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
         verdict = "raised"
     else:
         verdict = "import_error" if job["do"] == "load" else "raised"
-    lines = [
-        frame
-        for cause in _causes(e)
-        for frame in traceback.extract_tb(cause.__traceback__)
-        if frame.filename == job.get("file", "")
-    ]
+    own = (
+        [f for f in traceback.extract_tb(c.__traceback__) if f.filename == job.get("file", "")]
+        for c in _causes(e)
+    )
+    lines = next(filter(None, own), [])  # of the first cause that passed through the file
     where = {"line": lines[-1].lineno, "code": lines[-1].line} if lines else {}
     return {"ok": False, "verdict": verdict, "detail": detail, **where}
 

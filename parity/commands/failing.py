@@ -323,7 +323,8 @@ def _cells(found: Mapping[str, Any]) -> str:
     cell, tile = found["cell"], found["tile"]
     tiles = f"tiles of {tile[0]} x {tile[1]}"
     if not found["tile_known"]:
-        return f"each mark is {cell[0]} x {cell[1]} elements (the kernel's tiles are not known)"
+        size = "one element" if math.prod(cell) == 1 else f"{cell[0]} x {cell[1]} elements"
+        return f"a mark is {size}, tiles unknown"
     if cell == tile:
         return f"each mark is a tile of {tile[0]} x {tile[1]}"
     many = [math.ceil(c / t) for c, t in zip(cell, tile, strict=True)]
