@@ -50,7 +50,7 @@ EPILOGUE_BYTES = 128  # bytes of one row of a store: one swizzle row
 MEMORY_REGISTERS = 40  # of a thread that only issues copies; of 512, the others share what is left
 SHARED_BYTES = 226 * 1024  # shared memory of a block, less room for the barriers
 ALIGN = 8  # rows of a swizzled piece of shared memory
-PAIRS = 32  # of columns of h that become columns of y at a time
+PIECE = 64  # columns of h that the epilogue works at together
 PAIR_PITCH = 36  # pairs of a row in shared memory: its rows and their neighbours miss each other
 ROWS = 8  # rows of a block that moves or scales rows
 
@@ -194,12 +194,6 @@ def _next_slot(c_smem: Any, wg: Any, piece: int, pieces: int, sure: bool = True)
     return c_smem.at[wg, piece % slots]
 
 
-def _part(slot: Any, start: int, values: Any) -> Any:
-    """The columns of a slot that these values fill."""
-    columns = values.shape[1]
-    return slot if columns == slot.shape[1] else slot.at[:, pl.ds(start, columns)]
-
-
 def _store_rows(c_smem: Any, y_gmem: Any, row: Any, column: Any, lo: Any, hi: Any) -> None:
     """Stores rows lo .. hi - 1 of c_smem, as one group, to y from `row` and `column` on.
 
@@ -280,7 +274,6 @@ def _moe_gemm_kernel(
     rows = block_m // config.warpgroups
     columns = c_smem.shape[-1]
     halved = 2 if activation else 1
-    width = 2 * PAIRS if activation else columns
 
     def activated(h: jax.Array) -> jax.Array:
         if pair_smem is None:
@@ -288,12 +281,15 @@ def _moe_gemm_kernel(
         # A register holds both columns of a pair, and none of a lane's others: through shared
         # memory each half comes back by itself.
         pairs = pair_smem.at[wg]
-        pairs.reshape(EPILOGUE_M, 2 * PAIR_PITCH).at[:, pl.ds(0, width)][...] = h
-        gate, up = (
-            plgpu.load(pairs.at[:, pl.ds(0, PAIRS), half], layout=PAIR_LAYOUT, optimized=False)
-            for half in range(2)
-        )
-        return gate / (1 + jnp.exp(-gate)) * up
+        pairs.reshape(EPILOGUE_M, 2 * PAIR_PITCH).at[:, pl.ds(0, PIECE)][...] = h
+        def half(i: int) -> jax.Array:
+            at = pairs.at[:, pl.ds(0, PIECE // 2), i]
+            return plgpu.load(at, layout=PAIR_LAYOUT, optimized=False)
+
+        gate = half(0)
+        y = gate / (1 + jnp.exp(-gate))
+        plgpu.commit_smem()  # a barrier: the compiler would keep both halves, and run out of room
+        return y * half(1)
 
     def place(tile: plgpu.NDLoopInfo) -> tuple[jax.Array, jax.Array]:
         # --- 1. which tile
@@ -390,15 +386,15 @@ def _moe_gemm_kernel(
                 plgpu.barrier_arrive(free.at[slot_of(tile, jnp.int32(num_k - 1))])
 
                 # --- 3. epilogue
-                pieces = [
-                    (i, j) for i in range(0, rows, EPILOGUE_M) for j in range(0, block_n, width)
-                ]
                 stores = rows // EPILOGUE_M * (block_n // halved) // columns
-                for piece, (i, j) in enumerate(pieces):
-                    h = acc[i : i + EPILOGUE_M, j : j + width]
+                store, parts = 0, []
+                for piece in range(rows // EPILOGUE_M * block_n // PIECE):
+                    i, j = divmod(piece * PIECE, block_n)
+                    i *= EPILOGUE_M
+                    h = acc[i : i + EPILOGUE_M, j : j + PIECE]
                     if bias_gmem is not None:
                         bias = plgpu.load(
-                            bias_gmem.at[plan_gmem[TILE_EXPERT, mi], pl.ds(n + j, width)],
+                            bias_gmem.at[plan_gmem[TILE_EXPERT, mi], pl.ds(n + j, PIECE)],
                             layout=plgpu.Layout.WGMMA.reduce(0),
                             optimized=False,
                         )
@@ -413,23 +409,26 @@ def _moe_gemm_kernel(
                         )
                         y *= plgpu.layout_cast(lax.broadcast_in_dim(scale, y.shape, [0]), layout)
 
-                    # --- 4. store: as soon as rows of 128 bytes are whole
-                    store, at = divmod(piece * (width // halved), columns)
-                    if at == 0:
-                        c_slot = _next_slot(c_smem, wg, store, stores, rows == EPILOGUE_M)
-                    _part(c_slot, at, y)[...] = y.astype(y_gmem.dtype)
-                    if h_smem is not None:
-                        h_slot, h_at = h_smem.at[wg, 0], j % h_smem.shape[-1]
-                        if h_at == 0:
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        _part(h_slot, h_at, h)[...] = h.astype(h_gmem.dtype)
-                    plgpu.commit_smem()
+                    # --- 4. store
                     live = [jnp.clip(end - i, 0, EPILOGUE_M) for end in (lo, hi)]
-                    if at + width // halved == columns:
-                        column = lax.div(n, halved) + j // halved - at
-                        _store_rows(c_slot, y_gmem, m + i, column, *live)
-                    if h_smem is not None and h_at + width == h_slot.shape[-1]:
-                        _store_rows(h_slot, h_gmem, m + i, n + j - h_at, *live)
+                    if h_smem is not None:
+                        h_slot = _next_slot(h_smem, wg, 0, 1)
+                        h_slot[...] = h.astype(h_gmem.dtype)
+                        plgpu.commit_smem()
+                        _store_rows(h_slot, h_gmem, m + i, n + j, *live)
+                    # A slot is written whole: part of a row of 128 bytes would be swizzled as if
+                    # it were the row's first.
+                    parts.append(y.astype(y_gmem.dtype))
+                    y = parts[0] if len(parts) == 1 else lax.concatenate(parts, 1)
+                    if y.shape[1] < columns:
+                        continue
+                    parts, first = [], lax.div(n, halved) + (j + PIECE) // halved - y.shape[1]
+                    for at in range(0, y.shape[1], columns):
+                        slot = _next_slot(c_smem, wg, store, stores, rows == EPILOGUE_M)
+                        slot[...] = y[:, at : at + columns]
+                        plgpu.commit_smem()
+                        _store_rows(slot, y_gmem, m + i, first + at, *live)
+                        store += 1
 
         @pl.when(wg == 0)
         def _dead() -> None:
