@@ -391,18 +391,18 @@ class _Run:
         self.seen = seen
         _, _, whole = kept[start.key]
         smallest, _, least = kept[found.case.key]
-        diagnosis = None
-        for tried, answer in ((case, whole), (smallest, least)):
-            told = self.diagnosis(tried, answer) if answer is not None else None
-            if told and (diagnosis is None or not diagnosis["looks_like"]):
-                first = {"first_wrong": told["first_wrong"]} if "first_wrong" in told else {}
-                keep = {"map": diagnosis["map"], "where": diagnosis["where"]} if diagnosis else {}
-                diagnosis = {**told, **keep, **first}
-            elif told and diagnosis and "first_wrong" in told:
-                diagnosis = {**diagnosis, "first_wrong": told["first_wrong"]}
+        told, small = (
+            (answer and self.diagnosis(tried, answer)) or {}
+            for tried, answer in ((case, whole), (smallest, least))
+        )
+        diagnosis = dict(told or small)
+        if small.get("looks_like") and not diagnosis.get("looks_like"):
+            diagnosis |= {key: small[key] for key in ("looks_like", "because")}
+        if "first_wrong" in small and small["output"] == diagnosis["output"]:
+            diagnosis["first_wrong"] = small["first_wrong"]
         return Story(
             bad.case, dict(case.sizes), dict(found.case.sizes), found.complete, found.tries,
-            diagnosis,
+            diagnosis or None,
         )  # fmt: skip
 
     def diagnosis(self, case: Workload, answer: "Answer") -> dict[str, Any] | None:
