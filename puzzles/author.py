@@ -6,6 +6,7 @@ statement   at most 60 lines of at most 80 columns, eight numbers and a picture,
 skeleton    obeys the rules, can be imported, and fails
 solution    passes, all points, from a cold start within 15 s
 mutants     three or more in each language, and each fails with the verdict it names
+slow        where speed counts: slow on purpose, and right
 """
 
 import secrets
@@ -108,6 +109,12 @@ def mutant_gate(puzzle: Puzzle, backend: str, mutant: Mutant, child: Child | Non
     return Gate(puzzle.id, backend, f"mutant {mutant.name}", ok, detail, found.seconds)
 
 
+def slow_gate(puzzle: Puzzle, backend: str, child: Child | None = None) -> Gate:
+    """What is slow on purpose is right all the same."""
+    found = _graded(puzzle, backend, puzzle.slow.source(puzzle, backend), child)
+    return Gate(puzzle.id, backend, "slow", found.ok, found.verdict, found.seconds)
+
+
 def _graded(puzzle: Puzzle, backend: str, source: str, child: Child | None) -> Result:
     return grade(puzzle, backend, source, seed=SEED, explain=False, hasty=True, child=child)
 
@@ -122,6 +129,8 @@ def gates(puzzle: Puzzle, backend: str, *, only_mutants: bool = False) -> Iterat
         for mutant in puzzle.mutants:
             if backend in mutant.edits:
                 yield mutant_gate(puzzle, backend, mutant, child)
+        if puzzle.points.speed:
+            yield slow_gate(puzzle, backend, child)
 
 
 # The command.

@@ -2,7 +2,8 @@
 
     fresh numbers    every timed call gets inputs that no call has seen before
     kept answers     and what it returns is kept and checked, when the clock stands still again
-    poison           the memory from which outputs are allocated holds NaN or a pattern
+    poison           the memory from which outputs are allocated holds NaN or a pattern, and inputs
+                     are looked at again afterwards
     alternation      baseline and solution take turns on the same inputs, each on a cold cache
     the bound        a tier needs the lower end of the ratio's confidence interval, not its median
     the roof         no answer comes faster than the memory of this GPU moves its bytes
@@ -69,6 +70,7 @@ def race(
     *,
     rounds: int = ROUNDS,
     poison: Callable[[], None] = lambda: None,
+    fingerprint: Callable[[Any], Any] = lambda drawn: None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times all runners in alternation -> (their timings, {name: what was wrong with an answer}).
 
@@ -78,6 +80,7 @@ def race(
         wrong: a sentence about an answer to a draw, "" if it is right.
         trace: runs calls in order, after at most one untimed call of each -> the kernels of each.
         poison: spoils the memory that the next outputs may be allocated from.
+        fingerprint: of the inputs in a draw; it changes when they do.
     """
     bad: dict[str, str] = {}
 
@@ -86,8 +89,12 @@ def race(
         stock = [draw() for _ in range(most + 1)]  # one to warm up with
         for runner in runners.values():
             runner.begin(stock)
+        before = [fingerprint(drawn) for drawn in stock]
         poison()
         seen = trace(calls)
+        if before != [fingerprint(drawn) for drawn in stock]:
+            for name in runners.keys() - {BASELINE}:
+                bad.setdefault(name, "an input was written to")
         for name, runner in runners.items():
             answered = zip(stock, runner.kept, strict=False)
             told = (wrong(drawn, runner.outputs_of(out)) for drawn, out in answered)
