@@ -330,6 +330,7 @@ def q09() -> Picture:
     share = w / np.repeat(np.asarray(absmax), 64)
     sheet = plot("q09", 130, "w over the largest of its block", "how often")
     axes = sheet.axes
+    axes.grid(visible=False)
     counts, edges = np.histogram(share, 120, (-1, 1))
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=INK["peer"], linewidth=0)
     tall = counts.max() * 1.15

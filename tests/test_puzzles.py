@@ -243,6 +243,17 @@ def test_what_a_puzzle_asks_for_may_not_be_called():
     assert not policy.broken("def solve(x):\n    return 'a float8'\n", {}, ("float8",))
 
 
+def test_a_helper_belongs_to_those_who_call_it():
+    helper = "def _helper(x):\n    return jnp.exp(x)\n\n\n"
+    kernel = "def _kernel(x, y):\n    y[...] = _helper(x[...])\n\n\n"
+    head = "import jax.numpy as jnp\nfrom jax.experimental.pallas import mosaic_gpu as plgpu\n\n\n"
+    solve = "def solve(x):\n    return plgpu.kernel(_kernel, out_type=x)({})\n"
+    assert not policy.broken(head + helper + kernel + solve.format("x"), {})
+    (found,) = policy.broken(head + helper + kernel + solve.format("_helper(x)"), {})
+    assert "jax.numpy.exp" in found.sentence
+    assert policy.broken(head + "def solve(x):\n    return jnp.exp(x)\n", {})
+
+
 # Behind the rules: what a solution could do if nobody had read it first
 
 
