@@ -111,7 +111,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         return sub
 
     def one_pass(sub: _Parser) -> None:
-        sub.add_argument("--pass", dest="which", choices=("fwd", "bwd", "dw"), help="only this one")
+        sub.add_argument(
+            "--pass", dest="which", choices=("fwd", "bwd", "dw", "plan"), help="only this one"
+        )
 
     def choosing(sub: _Parser, default: str, *, impl: bool = True) -> None:
         sub.add_argument("stems", nargs="*", metavar="STEM", help="problems (default: all)")

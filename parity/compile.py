@@ -238,18 +238,20 @@ def _tasks(
             config = dataclasses.asdict(config)
         options = dict(workload.options)
         inputs, cotangents = (
-            {n: [list(d.shape), d.dtype] for n, d in described(workload).items()}
-            for described in (problem.inputs, problem.cotangents)
+            {n: [list(d.shape), d.dtype] for n, d in of(workload).items()}
+            for of in (problem.inputs, problem.cotangents)
         )
+
+        arrays = inputs | cotangents
         request = {
             "implementation": _absolute(implementations.get(twin) or problem.implementations[twin]),
-            "inputs": [v for n, v in inputs.items() if n not in problem.keywords],
+            "inputs": _described(problem, arrays, problem.positional(workload)),
             "keywords": {n: v for n, v in inputs.items() if n in problem.keywords},
             "cotangents": list(cotangents.values()),
             "further": {
                 which: {
                     "function": further.function,
-                    "inputs": [(inputs | cotangents)[n] for n in further.reads],
+                    "inputs": _described(problem, arrays, further.reads),
                     "options": further.options(workload),
                 }
                 for which, further in problem.further.items()
@@ -260,6 +262,18 @@ def _tasks(
             "config": config,
         }
         yield _Task(problem.stem, workload.name, twin, request)
+
+
+def _described(problem: Problem, arrays: Mapping[str, Any], arguments: Sequence[str]) -> list[Any]:
+    """Arguments for the child: [shape, dtype], or the class of a bundle and what it is made of."""
+    found: list[Any] = []
+    for argument in arguments:
+        if argument in problem.bundles:
+            name, of = problem.bundles[argument]
+            found.append({"bundle": name, "of": [arrays.get(n) for n in of]})
+        else:
+            found.append(arrays[argument])
+    return found
 
 
 def _absolute(implementation: str) -> str:

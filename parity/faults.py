@@ -129,7 +129,7 @@ def mask_off_by_one(c: Case, by: int = 1) -> Any:
 
 def reduced_input(c: Case) -> str | None:
     """The input over whose last axis the forward sums."""
-    name = {"matmul": "a"}.get(c.problem.stem, "x")
+    name = {"matmul": "a", "hybrid_attention": "q"}.get(c.problem.stem, "x")
     return name if c.which == "fwd" else None
 
 
@@ -220,6 +220,13 @@ ANSWERS: Mapping[Callable[[Case], Any], tuple[str, ...]] = {
     one_precision_lower: (*_NUMERIC, "zeros"),  # e4m3 underflows early
     truncating_store: ("norm", "tile", "bias"),
     accumulated_in_storage: _NUMERIC,
+    wrong_dtype: ("dtype",),
+    wrong_shape: ("shape",),
+}
+
+# What there is to plant in whole numbers: bounds, indices, codes.
+EXACT: Mapping[Callable[[Case], Any], tuple[str, ...]] = {
+    shifted_by_one: ("probe",),
     wrong_dtype: ("dtype",),
     wrong_shape: ("shape",),
 }
@@ -348,7 +355,8 @@ def answers(problem: Problem, work: Workload, seed: int = 0) -> Iterator[Caught]
             return "", ""
 
         yield Caught(problem.stem, work.name, which, "none", ("",), *verdict(case.good))
-        for fault, reasons in {**ANSWERS, **problem.faults}.items():
+        exact = "int" in next(iter(case.specs.values())).dtype
+        for fault, reasons in {**(EXACT if exact else ANSWERS), **problem.faults}.items():
             wrong = fault(case)
             if wrong is not None and not _same(case.xp, wrong, case.good):
                 name = fault.__name__

@@ -16,7 +16,7 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 
-PASSES = ("fwd", "bwd", "dw")  # a problem has the first two, and more where its `further` says so
+PASSES = ("fwd", "bwd", "dw", "plan")  # a problem has the first two, others as `further` says
 
 NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
     {
@@ -45,35 +45,37 @@ def dtype_name(dtype: Any) -> str:
 class Normal:
     """Independent normal values with the given standard deviation.
 
-    Rows from `live` on are dead memory: NaN.
+    Runs [a, b) of `dead` along `axis` are dead memory: NaN.
     """
 
     shape: tuple[int, ...]
     dtype: str
     std: float = 1.0
-    live: int | None = None
+    dead: tuple[tuple[int, int], ...] = ()
+    axis: int = 0
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         x = (rng.standard_normal(self.shape, np.float32) * self.std).astype(_np(self.dtype))
-        return _with_dead_rows(x, self)
+        return with_dead(x, self)
 
 
 @dataclass(frozen=True)
 class Integers:
     """Whole numbers in [low, high]: sums of their products are exact in float32.
 
-    Rows from `live` on are dead memory: NaN, or -1 in an array of integers.
+    Runs [a, b) of `dead` along `axis` are dead memory: NaN, or -1 in an array of integers.
     """
 
     shape: tuple[int, ...]
     dtype: str
     low: int = -3
     high: int = 3
-    live: int | None = None
+    dead: tuple[tuple[int, int], ...] = ()
+    axis: int = 0
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         x = rng.integers(self.low, self.high, self.shape, endpoint=True).astype(_np(self.dtype))
-        return _with_dead_rows(x, self)
+        return with_dead(x, self)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,19 @@ class Routing:
         return sizes
 
 
-Descriptor = Normal | Integers | Keep | Routing
+@dataclass(frozen=True)
+class Given:
+    """These very values: what `make` returns, with no chance in it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], np.ndarray]
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        return np.array(self.make(), _np(self.dtype))
+
+
+Descriptor = Normal | Integers | Keep | Routing | Given
 
 
 @dataclass(frozen=True)
@@ -271,7 +285,7 @@ class Further:
     """One more public function of a stem beside X, judged and timed as a pass of its own."""
 
     function: str  # its name in both twins' files
-    reads: tuple[str, ...]  # its arguments, in order: names of inputs and cotangents
+    reads: tuple[str, ...]  # its arguments, in order: names of inputs, cotangents and bundles
     options: Callable[[Workload], dict[str, Any]]
     outputs: Callable[[Workload], dict[str, Array]]
     oracle: Callable[..., Any]  # (ar, work, **what it reads) -> a tuple
@@ -295,7 +309,7 @@ class Problem:
 
     stem: str
     doc: str
-    family: str  # the row of SPECS 0.3 that caps the error: "gemm" or "norm"
+    family: str  # the row of SPECS 0.3 that caps the error: "gemm", "norm" or "attention"
     workloads: tuple[Workload, ...]
     inputs: Callable[[Workload], dict[str, Descriptor]]
     cotangents: Callable[[Workload], dict[str, Descriptor]]
@@ -313,6 +327,9 @@ class Problem:
     bwd_options: tuple[str, ...] = ()  # which of the workload's options X_bwd takes too
     glue: tuple[str, ...] = ()  # framework operations a twin may use around its kernels
     keywords: tuple[str, ...] = ()  # inputs that X takes by keyword
+    arguments: tuple[str, ...] = ()  # what X takes by position, if not the other inputs in order
+    bundles: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    # argument -> (a class of both twins' files, the inputs it is made of; None for an absent one)
     further: Mapping[str, Further] = field(default_factory=dict)  # pass -> the function behind it
     faults: Mapping[Callable[[Any], Any], tuple[str, ...]] = field(default_factory=dict)
     # as parity.faults.ANSWERS: wrong answers that only this problem can give
@@ -320,8 +337,18 @@ class Problem:
     def reads(self, work: Workload, which: str) -> tuple[str, ...]:
         """The arrays that a pass reads, by name."""
         if which in self.further:
-            return self.further[which].reads
+            return self.spread(work, self.further[which].reads)
         return (*self.inputs(work), *(self.cotangents(work) if which == "bwd" else ()))
+
+    def spread(self, work: Workload, arguments: tuple[str, ...]) -> tuple[str, ...]:
+        """The arrays behind arguments: those of a bundle one by one, absent ones left out."""
+        named = (self.bundles[a][1] if a in self.bundles else (a,) for a in arguments)
+        return tuple(n for names in named for n in names if n not in work.absent)
+
+    def positional(self, work: Workload) -> tuple[str, ...]:
+        """What X takes by position."""
+        names = self.arguments or tuple(n for n in self.inputs(work) if n not in self.keywords)
+        return tuple(n for n in names if n not in work.absent)
 
     def results(self, work: Workload, which: str) -> dict[str, Array]:
         """What a pass returns."""
@@ -342,9 +369,10 @@ class Problem:
         return next(w for w in self.workloads if w.name == name)
 
 
-def _with_dead_rows(x: np.ndarray, d: Normal | Integers) -> np.ndarray:
-    if d.live is not None:
-        x[d.live :] = -1 if x.dtype.kind == "i" else np.nan
+def with_dead(x: Any, d: Normal | Integers) -> Any:
+    """The array with its dead memory filled."""
+    for a, b in d.dead:
+        x[(slice(None),) * d.axis + (slice(a, b),)] = -1 if "int" in dtype_name(x.dtype) else np.nan
     return x
 
 

@@ -74,13 +74,20 @@ def prepared(
 
     arrays: harness arrays by name.
     """
+
+    def made(argument: str) -> Any:
+        if argument not in problem.bundles:
+            return twin.native(arrays[argument])
+        name, of = problem.bundles[argument]
+        parts = (None if n in work.absent else twin.native(arrays[n]) for n in of)
+        return kernel.beside[name](*parts)
+
     if which in problem.further:
         further = problem.further[which]
-        args = [twin.native(arrays[n]) for n in further.reads]
+        args = [made(n) for n in further.reads]
         return kernel.beside[further.function], args, further.options(work)
-    inputs = {n: twin.native(arrays[n]) for n in problem.inputs(work)}
-    by_keyword = {n: x for n, x in inputs.items() if n in problem.keywords}
-    args = [x for n, x in inputs.items() if n not in by_keyword]
+    args = [made(n) for n in problem.positional(work)]
+    by_keyword = {n: made(n) for n in problem.inputs(work) if n in problem.keywords}
     options = dict(work.options) | by_keyword
     if which == "fwd":
         return kernel.public, args, options

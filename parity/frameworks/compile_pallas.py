@@ -57,7 +57,7 @@ def compile_one(assemble: Assembler | None, request: Request) -> list[Row]:
     """Rows of both passes of one request: every Mosaic GPU call that each of them lowers to."""
     kernel = load(request["implementation"])
     configs = Configs(kernel.public, request["config"])
-    inputs = [_struct(d) for d in request["inputs"]]
+    inputs = [_argument(kernel, d) for d in request["inputs"]]
     cotangents = [_struct(d) for d in request["cotangents"]]
     # asked for the backward alone, a Config is the backward's
     keywords = configs.keywords if "fwd" in request["passes"] else {}
@@ -84,7 +84,7 @@ def compile_one(assemble: Assembler | None, request: Request) -> list[Row]:
         if which in request["passes"]:
             function = kernel.beside[further["function"]]
             function = functools.partial(function, **further["options"], **configs.keywords)
-            args = [_struct(d) for d in further["inputs"]]
+            args = [_argument(kernel, d) for d in further["inputs"]]
             rows += _lower(assemble, request, which, configs, function, args)
     return rows
 
@@ -116,6 +116,14 @@ def _lower(
 
 def _has_launchers(kernel: Kernel) -> bool:
     return hasattr(sys.modules[kernel.public.__module__], f"{kernel.public.__name__}_bwd")
+
+
+def _argument(kernel: Kernel, described: Any) -> Any:
+    """An array, or a bundle of some."""
+    if isinstance(described, list):
+        return _struct(described)
+    parts = (None if d is None else _struct(d) for d in described["of"])
+    return kernel.beside[described["bundle"]](*parts)
 
 
 def _struct(descriptor: list[Any]) -> jax.ShapeDtypeStruct:

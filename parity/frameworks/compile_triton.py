@@ -15,7 +15,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 
-from parity.frameworks import triton_compile_only
+from parity.frameworks import Kernel, triton_compile_only
 from parity.frameworks.compile_worker import (
     Configs,
     Request,
@@ -37,7 +37,7 @@ def compile_one(gate: triton_compile_only.CompileOnly, request: Request) -> list
     """Rows of both passes of one request: every kernel that each call launches."""
     kernel = load(request["implementation"])
     configs = Configs(kernel.public, request["config"])
-    inputs = [_meta(d) for d in request["inputs"]]
+    inputs = [_argument(kernel, d) for d in request["inputs"]]
     by_keyword = {name: _meta(d) for name, d in request["keywords"].items()}
     cotangents = [_meta(d) for d in request["cotangents"]]
     # asked for the backward alone, a Config is the backward's
@@ -64,7 +64,7 @@ def compile_one(gate: triton_compile_only.CompileOnly, request: Request) -> list
     for which, further in request["further"].items():
         if which in request["passes"]:
             function = kernel.beside[further["function"]]
-            args = [_meta(d) for d in further["inputs"]]
+            args = [_argument(kernel, d) for d in further["inputs"]]
             call = functools.partial(function, *args, **further["options"], **configs.keywords)
             rows += _call(gate, request, which, configs, call)[0]
     return rows
@@ -91,6 +91,14 @@ def _call(
         known = {"config": configs.latest()} | gate.unloaded
         rows.append(failure(which, request, error, **known))
     return rows, error is not None
+
+
+def _argument(kernel: Kernel, described: Any) -> Any:
+    """An array, or a bundle of some."""
+    if isinstance(described, list):
+        return _meta(described)
+    parts = (None if d is None else _meta(d) for d in described["of"])
+    return kernel.beside[described["bundle"]](*parts)
 
 
 def _meta(descriptor: list[Any]) -> torch.Tensor:

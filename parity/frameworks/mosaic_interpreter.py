@@ -27,8 +27,10 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +111,13 @@ def _jax() -> SimpleNamespace:
                 raise RuntimeError(_gone(f"{path}.{name}"))
     methods = {
         modules["interpret"].JaxprInterpreter: ("interpret", "_interpret_copy_smem_to_gmem_p"),
-        modules["memory"].GPUSharedMemory: ("assert_no_barriers_allocated",),
+        modules["memory"].GPUSharedMemory: (
+            "assert_no_barriers_allocated",
+            "buffer_shape_and_dtype",
+            "get_buffer_content",
+            "store_buffer_content",
+            "swap_buffer_content",
+        ),
     }
     for cls, names in methods.items():
         for name in names:
@@ -207,6 +215,73 @@ def races() -> list[str]:
     """The races shown since `interpreting` or `watched` was entered, in words."""
     jax.effects_barrier()
     return list(_messages)
+
+
+class Touch(NamedTuple):
+    """One load or store of global memory by one block of threads."""
+
+    block: tuple[int, ...]  # its place in the grid
+    stored: bool
+    buffer: int  # rises from argument to argument and then from result to result
+    shape: tuple[int, ...]  # of that array
+    box: tuple[slice, ...]  # what was asked for: it may reach beyond the shape
+    itemsize: int
+
+
+@dataclass
+class Traffic:
+    """Bytes that interpreted kernels moved from and to global memory; beyond its edges, none."""
+
+    read: int = 0
+    written: int = 0
+
+
+@contextlib.contextmanager
+def traffic(each: Callable[[Touch], None] | None = None) -> Iterator[Traffic]:
+    """Counts what the blocks of the kernels that run inside load and store in global memory.
+
+    each: is told every load and store as it happens.
+    """
+    J = _jax()
+    shared, moved = J.memory.GPUSharedMemory, Traffic()
+    space = J.memory.get_memory_space_idx(J.spaces.MemorySpace.GMEM)
+    stock = {
+        name: getattr(shared, name)
+        for name in ("get_buffer_content", "store_buffer_content", "swap_buffer_content")
+    }
+
+    def seen(memory: Any, key: Any, access: Any, said: dict, stored: bool) -> None:
+        where = getattr(said.get("logging_info"), "mesh_location", None)
+        if where is None or key.memory_space_id != space:
+            return
+        of, dtype = memory.buffer_shape_and_dtype(key)
+        box = tuple(r if isinstance(r, slice) else slice(r, r + 1) for r in access.range)
+        inside = [len(range(*r.indices(n))) for r, n in zip(box, of, strict=True)]
+        size = np.dtype(dtype).itemsize
+        if stored:
+            moved.written += int(np.prod(inside)) * size
+        else:
+            moved.read += int(np.prod(inside)) * size
+        if each:
+            each(Touch(where.cluster_coords, stored, key.buffer_id, tuple(of), box, size))
+
+    def get(self: Any, key: Any, access: Any, *rest: Any, **said: Any) -> Any:
+        seen(self, key, access, said, False)
+        return stock["get_buffer_content"](self, key, access, *rest, **said)
+
+    def store(self: Any, key: Any, access: Any, *rest: Any, **said: Any) -> Any:
+        seen(self, key, access, said, True)
+        return stock["store_buffer_content"](self, key, access, *rest, **said)
+
+    def swap(self: Any, key: Any, access: Any, *rest: Any, **said: Any) -> Any:
+        seen(self, key, access, said, True)
+        return stock["swap_buffer_content"](self, key, access, *rest, **said)
+
+    with contextlib.ExitStack() as patched:
+        for name, function in zip(stock, (get, store, swap), strict=True):
+            patched.enter_context(mock.patch.object(shared, name, function))
+        yield moved
+        jax.effects_barrier()
 
 
 _ACCESS = re.compile(

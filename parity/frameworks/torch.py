@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity import frameworks
 from parity.frameworks import Kernel, load_target
-from parity.spec import Descriptor, Integers, Keep, Normal, Routing, dtype_named
+from parity.spec import Descriptor, Given, Integers, Keep, Normal, Routing, dtype_named, with_dead
 
 TWIN = "triton"
 
@@ -75,6 +75,8 @@ def draw(descriptors: Mapping[str, Descriptor], seed: int) -> dict[str, Any]:
 
 def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
     x = torch.empty(d.shape, dtype=dtype_named(torch, d.dtype), device="cuda")
+    if isinstance(d, Given):
+        return x.copy_(torch.from_numpy(np.array(d.make())))
     if isinstance(d, Routing):
         return x.copy_(_group_sizes(d, generator))
     flat = x.view(-1)
@@ -92,9 +94,8 @@ def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
                 part.copy_(torch.rand(part.shape, generator=generator, device="cuda") < d.p)
     if isinstance(d, Keep):
         x[list(d.dead_rows)] = False
-    elif d.live is not None:
-        x[d.live :] = torch.nan if x.is_floating_point() else -1
-    return x
+        return x
+    return with_dead(x, d)
 
 
 def _group_sizes(d: Routing, generator: torch.Generator) -> torch.Tensor:

@@ -9,7 +9,7 @@ the tests assert that each is still wrong, so that a fix upstream shows and a ru
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -33,6 +33,16 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]  # by parameter name, without num_warps and the like
 
 
+class Touch(NamedTuple):
+    """One load or store of one program: an address for each lane, and which lanes take part."""
+
+    program: tuple[int, int, int]
+    stored: bool
+    addresses: np.ndarray
+    mask: np.ndarray  # bool
+    itemsize: int
+
+
 @dataclass
 class Traffic:
     """Bytes that interpreted kernels moved between memory and registers; masked lanes do not."""
@@ -42,22 +52,28 @@ class Traffic:
 
 
 @contextlib.contextmanager
-def traffic() -> Iterator[Traffic]:
-    """Counts what the kernels inside load and store through pointers and descriptors."""
+def traffic(each: Callable[[Touch], None] | None = None) -> Iterator[Traffic]:
+    """Counts what the kernels inside load and store through pointers and descriptors.
+
+    each: is told every load and store as it happens.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     moved = Traffic()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def size(pointers: Any, mask: Any) -> int:
-        return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+    def seen(self: Any, pointers: Any, mask: Any, stored: bool) -> int:
+        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        if each:
+            each(Touch(self.grid_idx, stored, pointers.data, mask.data, itemsize))
+        return int(mask.data.sum()) * itemsize
 
     def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        moved.read += size(ptrs, mask)
+        moved.read += seen(self, ptrs, mask, False)
         return load(self, ptrs, mask, *rest)
 
     def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        moved.written += size(ptrs, mask)
+        moved.written += seen(self, ptrs, mask, True)
         return store(self, ptrs, value, mask, *rest)
 
     with (

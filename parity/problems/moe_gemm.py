@@ -114,8 +114,8 @@ def _live(work: Workload) -> int:
     return min(work["M"], work.sizes.get("L", work["M"]))
 
 
-def _dead_from(work: Workload) -> int | None:
-    return _live(work) if "L" in work.sizes else None
+def _dead(work: Workload) -> tuple[tuple[int, int], ...]:
+    return ((_live(work), work["M"]),) if "L" in work.sizes else ()
 
 
 def _swiglu(work: Workload) -> bool:
@@ -146,15 +146,15 @@ def _routing(work: Workload) -> Routing:
 
 
 def inputs(work: Workload) -> dict:
-    gathered, dead = "rows" not in work.absent, _dead_from(work)
+    gathered, dead = "rows" not in work.absent, _dead(work)
     given = {
         # gathered, every row of x may be alive: the indices of dead rows are -1
-        "x": Normal(_x_shape(work), work.dtype, live=None if gathered else dead),
+        "x": Normal(_x_shape(work), work.dtype, dead=() if gathered else dead),
         "w": Normal(_weights(work), work.dtype, std=max(1, work["K"]) ** -0.5),
         "sizes": _routing(work),
         "rows": Integers((work["M"],), "int32", 0, max(0, work.sizes.get("T", 1) - 1), dead),
         "bias": Normal((work["E"], work["N"]), work.dtype),
-        "row_scale": Normal((work["M"],), "float32", live=dead),
+        "row_scale": Normal((work["M"],), "float32", dead=dead),
     }
     return {name: d for name, d in given.items() if name not in work.absent}
 
@@ -165,7 +165,7 @@ def outputs(work: Workload) -> dict[str, Array]:
 
 def cotangents(work: Workload) -> dict:
     y = outputs(work)["y"]
-    return {"dy": Normal(y.shape, y.dtype, live=_dead_from(work))}
+    return {"dy": Normal(y.shape, y.dtype, dead=_dead(work))}
 
 
 def grads(work: Workload) -> dict[str, Array]:
@@ -289,7 +289,7 @@ def probe(work: Workload) -> dict | None:
         return None
     drawn = inputs(work) | cotangents(work)
     return {
-        n: Integers(d.shape, d.dtype, live=d.live) if isinstance(d, Normal) else d
+        n: Integers(d.shape, d.dtype, dead=d.dead) if isinstance(d, Normal) else d
         for n, d in drawn.items()
     }
 
