@@ -293,6 +293,14 @@ def _weights_ready(w: Tensor) -> bool:
     return _lib.tma_ready(w[0]) and w.stride(0) * w.element_size() % 16 == 0 and w.stride(0) > 0
 
 
+def _rows_ready(x: Tensor, rows: Tensor | None) -> bool:
+    """Whether TMA can address x, or 16 bytes of a row that is gathered are one load."""
+    if rows is None:
+        return _lib.tma_ready(x)
+    # Triton knows of a size only whether it is a multiple of 16.
+    return x.data_ptr() % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == x.shape[1] % 16 == 0
+
+
 def _fitting(tiles: Config, staged: int) -> Config:
     """The Config with as many stages as fit beside `staged` bytes that wait to be stored."""
     step = 2 * tiles.block_k * (tiles.block_m + tiles.block_n)
@@ -340,7 +348,7 @@ def _forward(
         _lib.check_gpu()
         tma = _lib.has_tma() and _weights_ready(stored)
         tma = tma and all(map(_lib.tma_ready, outputs))
-        tma = tma and (rows is not None or _lib.tma_ready(x))
+        tma = tma and _rows_ready(x, rows)
         if config:
             tiles = Config(*config)
         else:
@@ -398,8 +406,7 @@ def _weights(
     with _lib.on_device(a):
         _lib.check_gpu()
         tma = _lib.has_tma() and _weights_ready(dw)
-        tma = tma and (a_rows is not None or _lib.tma_ready(a))
-        tma = tma and (b_rows is not None or _lib.tma_ready(b))
+        tma = tma and _rows_ready(a, a_rows) and _rows_ready(b, b_rows)
         tiles = Config(*config) if config else POINTER_CONFIG
         if tma and not config:
             tiles = default_config(M, Q, P, E, a.dtype, dw=True)

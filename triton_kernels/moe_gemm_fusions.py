@@ -159,6 +159,7 @@ def _moe_gemm_gather_bwd_kernel(
 ):  # fmt: skip
     # --- 1. which tile
     t = tl.program_id(0)
+    cols = tl.program_id(1) * block_n + tl.arange(0, block_n)
     live = tl.load(starts_ptr + E)
     first, last = 0, M  # the first place of t lies between them
     while first < last:
@@ -167,28 +168,24 @@ def _moe_gemm_gather_bwd_kernel(
         first = tl.where(below, middle + 1, first)
         last = tl.where(below, last, middle)
 
-    for n in range(0, K, block_n):
-        cols = n + tl.arange(0, block_n)
+    # --- 2. main loop
+    acc = tl.zeros((block_m, block_n), tl.float32)
+    at, more = first, t >= 0
+    while more:
+        places = at + tl.arange(0, block_m)
+        ours = tl.load(taken_ptr + places, mask=places < M, other=-1) == t
+        r = tl.load(order_ptr + places, mask=ours, other=0)
+        # an index of a dead row counts for nothing
+        mask = (ours & (r < live))[:, None] & (cols < K)[None, :]
+        acc += tl.load(dxr_ptr + r[:, None] * K + cols[None, :], mask=mask, other=0.0)
+        at += block_m
+        more = tl.load(taken_ptr + at, mask=at < M, other=-1) == t
 
-        # --- 2. main loop
-        acc = tl.zeros((block_m, block_n), tl.float32)
-        at, more = first, t >= 0
-        while more:
-            places = at + tl.arange(0, block_m)
-            ours = tl.load(taken_ptr + places, mask=places < M, other=-1) == t
-            r = tl.load(order_ptr + places, mask=ours, other=0)
-            # an index of a dead row counts for nothing
-            mask = (ours & (r < live))[:, None] & (cols < K)[None, :]
-            tile = dxr_ptr + r[:, None] * K + cols[None, :]
-            acc += tl.load(tile, mask=mask, other=0.0)
-            at += block_m
-            more = tl.sum(ours.to(tl.int32)) == block_m
+    # --- 3. epilogue
+    dx = tl.sum(acc, 0).to(dx_ptr.dtype.element_ty)
 
-        # --- 3. epilogue
-        dx = tl.sum(acc, 0).to(dx_ptr.dtype.element_ty)
-
-        # --- 4. store
-        tl.store(dx_ptr + t.to(tl.int64) * K + cols, dx, mask=cols < K)
+    # --- 4. store
+    tl.store(dx_ptr + t.to(tl.int64) * K + cols, dx, mask=cols < K)
 
 
 @triton.jit
@@ -290,8 +287,8 @@ def gather_bwd(dxr: Tensor, starts: Tensor, rows: Tensor, T: int) -> Tensor:
     with _lib.on_device(dxr):
         _lib.check_gpu()
         taken, order = torch.sort(rows, stable=True)
-        block_n = max(16, min(512, _lib.power_of_2(K)))
-        _moe_gemm_gather_bwd_kernel[(T,)](
+        block_n = max(16, min(1024, _lib.power_of_2(K)))
+        _moe_gemm_gather_bwd_kernel[(T, _lib.cdiv(K, block_n))](
             dxr, taken, order, dx, starts, M, K, E, 8, block_n, num_warps=4
         )
     return dx
