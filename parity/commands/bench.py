@@ -103,6 +103,7 @@ def timed(
     total, done = len(steps), 0
     with progress(total, "bench") as tell:
         try:
+            machine = Machine.here()
             # first: while this process has allocated nothing
             for p, w, x in alone:
                 seconds = None if end is None else end - time.monotonic()
@@ -112,7 +113,6 @@ def timed(
                 else:
                     rows += _alone(p, w, x, twins, out, resume, seconds, rounds, peers)
                 done += 1
-            machine = Machine.here()
             for pairs in by_problem.values():
                 p = pairs[0][0]
                 how: dict[str, Any] = {"peers": peers, "progress": tell}
