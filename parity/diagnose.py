@@ -209,7 +209,8 @@ def _looks(y: Grid, r: Grid, row: int, column: int, close: float) -> str:
         if 0 <= i < r.shape[0] and 0 <= j < r.shape[1] and alike(got, float(r[i, j])):
             place = f"row {i}" if j == column else f"column {j}"
             return f"the value that belongs in {place} beside it"
-    return f"{got / want:.3g} of the truth" if abs(got / want) < 1e3 else ""
+    share = got / want
+    return f"{share:.3g} times the truth" if abs(share - 1) >= 0.005 and abs(share) < 1e3 else ""
 
 
 # Where the wrong elements lie.

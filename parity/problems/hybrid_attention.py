@@ -570,7 +570,12 @@ PROBLEM = Problem(
         "triton": "triton_kernels.hybrid_attention:hybrid_attention",
         "pallas": "pallas_kernels.hybrid_attention:hybrid_attention",
     },
-    peers={},
+    peers={
+        "flex_attention": "parity.peers.attention:flex_attention",
+        "sdpa_dense_mask": "parity.peers.attention:torch_sdpa",
+        "cudnn": "parity.peers.attention:cudnn_attention",
+        "jax.nn.cudnn": "parity.peers.attention:jax_cudnn_attention",
+    },
     bwd_options=("scale", "softcap"),
     keywords=("alibi",),
     arguments=("q", "k", "v", "plan"),
