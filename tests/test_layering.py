@@ -23,7 +23,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "parity": FRAMEWORKS | KERNELS | ABOVE,
     "parity/frameworks": ABOVE,
     # What a user would call instead is written in the frameworks, and loaded by name.
-    "parity/peers.py": KERNELS | ABOVE,
+    "parity/peers": KERNELS | ABOVE,
     "packing": FRAMEWORKS | KERNELS | {"notebooks", "tests"},
     "puzzles": KERNELS | {"notebooks", "tests"},
 }

@@ -88,7 +88,8 @@ def torch_sdpa(which: str, inputs: Arrays, cotangents: Arrays, options: Options)
             )
             for (a, b), mask in zip(spans, masks, strict=True)
         ]  # fmt: skip
-        return torch.cat(parts, dim=2)[0].transpose(0, 1)
+        unused = q.new_zeros(1, q.shape[1], q.shape[2] - spans[-1][1], q.shape[3])
+        return torch.cat([*parts, unused], dim=2)[0].transpose(0, 1)
 
     dys = _torch(cotangents, "do")
     call = _torch_form(which, attend, [q, k, v], [q, k, v], dys)
