@@ -178,7 +178,8 @@ def _fused(x, w, bias, row_scale):
 
 
 def _operands(needed=(True,) * 4):
-    shapes = (5, 24), (3, 24, 16), (3, 16), (10,)
+    # rows of 48 elements: what is gathered goes beside what TMA loads
+    shapes = (5, 48), (3, 48, 16), (3, 16), (10,)
     dtypes = (HALF, HALF, HALF, FLOAT)
     return [
         normal(*s, dtype=d, requires_grad=n) for s, d, n in zip(shapes, dtypes, needed, strict=True)

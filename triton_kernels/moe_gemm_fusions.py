@@ -155,34 +155,32 @@ def _moe_gemm_gather_bwd_kernel(
     dx_ptr,  # [T, K]
     starts_ptr,
     M, K, E,
-    block_m: tl.constexpr, block_n: tl.constexpr,
+    block_n: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     t = tl.program_id(0)
     cols = tl.program_id(1) * block_n + tl.arange(0, block_n)
     live = tl.load(starts_ptr + E)
-    first, last = 0, M  # the first place of t lies between them
-    while first < last:
-        middle = (first + last) // 2
+    at, stop = 0, M  # the first place of t lies between them
+    while at < stop:
+        middle = (at + stop) // 2
         below = tl.load(taken_ptr + middle) < t
-        first = tl.where(below, middle + 1, first)
-        last = tl.where(below, last, middle)
+        at = tl.where(below, middle + 1, at)
+        stop = tl.where(below, stop, middle)
 
     # --- 2. main loop
-    acc = tl.zeros((block_m, block_n), tl.float32)
-    at, more = first, t >= 0
+    # One after the other: a row of x has k of them in a mixture, and many programs run at once.
+    acc = tl.zeros((block_n,), tl.float32)
+    more = tl.load(taken_ptr + at, mask=at < M, other=-1) == t
     while more:
-        places = at + tl.arange(0, block_m)
-        ours = tl.load(taken_ptr + places, mask=places < M, other=-1) == t
-        r = tl.load(order_ptr + places, mask=ours, other=0)
+        r = tl.load(order_ptr + at)
         # an index of a dead row counts for nothing
-        mask = (ours & (r < live))[:, None] & (cols < K)[None, :]
-        acc += tl.load(dxr_ptr + r[:, None] * K + cols[None, :], mask=mask, other=0.0)
-        at += block_m
+        acc += tl.load(dxr_ptr + r * K + cols, mask=(r < live) & (cols < K), other=0.0)
+        at += 1
         more = tl.load(taken_ptr + at, mask=at < M, other=-1) == t
 
     # --- 3. epilogue
-    dx = tl.sum(acc, 0).to(dx_ptr.dtype.element_ty)
+    dx = acc.to(dx_ptr.dtype.element_ty)
 
     # --- 4. store
     tl.store(dx_ptr + t.to(tl.int64) * K + cols, dx, mask=cols < K)
@@ -279,7 +277,7 @@ def _fake_gather_bwd(dxr, starts, rows, T):
 
 @_lib.opaque("grouped_gemm_gather_bwd", _fake_gather_bwd)
 def gather_bwd(dxr: Tensor, starts: Tensor, rows: Tensor, T: int) -> Tensor:
-    """dx[t] = sum of dxr[r] over the live r with rows[r] = t: [T, K]."""
+    """dx[t] = sum of dxr[r] over the live r with rows[r] = t, in that order: [T, K]."""
     (M, K), E = dxr.shape, starts.shape[1] - 1
     dx = dxr.new_empty((T, K))
     if 0 in (M, K, T, E):
@@ -289,7 +287,7 @@ def gather_bwd(dxr: Tensor, starts: Tensor, rows: Tensor, T: int) -> Tensor:
         taken, order = torch.sort(rows, stable=True)
         block_n = max(16, min(1024, _lib.power_of_2(K)))
         _moe_gemm_gather_bwd_kernel[(T, _lib.cdiv(K, block_n))](
-            dxr, taken, order, dx, starts, M, K, E, 8, block_n, num_warps=4
+            dxr, taken, order, dx, starts, M, K, E, block_n, num_warps=4
         )
     return dx
 
