@@ -17,7 +17,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from puzzles.verdicts import OF_JUDGE, VERDICTS
 ENOUGH = 0.6  # of the cases must be right before constraints earn points
 SHRINK_SECONDS = 6.0
 SHRINK_TRIES = 60
+OTHERS = 3  # cases in which a known mistake is looked for, beside the first that failed
 EXPLAINED = (
     "wrong_value", "not_written", "past_the_end", "raised", "wrong_shape", "wrong_dtype"
 )  # fmt: skip
@@ -391,24 +392,37 @@ class _Run:
         self.seen = seen
         _, _, whole = kept[start.key]
         smallest, _, least = kept[found.case.key]
-        told, small = (
-            (answer and self.diagnosis(tried, answer)) or {}
-            for tried, answer in ((case, whole), (smallest, least))
-        )
-        diagnosis = dict(told or small)
-        if small.get("looks_like") and not diagnosis.get("looks_like"):
-            diagnosis |= {key: small[key] for key in ("looks_like", "because")}
-        if "first_wrong" in small and small["output"] == diagnosis["output"]:
+        diagnosis = self.diagnosis(case, whole, named=True)
+        small = self.diagnosis(smallest, least, named=False)
+        if "first_wrong" in small and small["output"] == diagnosis.get("output"):
             diagnosis["first_wrong"] = small["first_wrong"]
+        if not diagnosis.get("looks_like"):
+            others = (self.diagnosis(*other, named=True) for other in self.others(bad))
+            if like := next((told for told in others if told.get("looks_like")), None):
+                diagnosis |= {key: like[key] for key in ("looks_like", "because")}
         return Story(
             bad.case, dict(case.sizes), dict(found.case.sizes), found.complete, found.tries,
             diagnosis or None,
         )  # fmt: skip
 
-    def diagnosis(self, case: Workload, answer: "Answer") -> dict[str, Any] | None:
+    def others(self, bad: Outcome) -> Iterator[tuple[Workload, "Answer | None"]]:
+        """The largest other cases that failed like this one: many numbers fit by no chance."""
+        alike = [
+            (case, number)
+            for number, (case, o) in enumerate(zip(self.cases, self.outcomes, strict=False))
+            if o.verdict == bad.verdict and o.case != bad.case
+        ]
+        alike.sort(key=lambda pair: -math.prod(pair[0].sizes.values()))
+        for case, number in alike[:OTHERS]:
+            yield case, self.verdict(case, self.arrays(case, number))[1]
+
+    def diagnosis(self, case: Workload, answer: "Answer | None", *, named: bool) -> dict[str, Any]:
+        """What is wrong with an answer; named: and which mutant it is like, if only one is."""
+        if answer is None:
+            return {}
         bad, problem = answer.judgement.bad, self.puzzle.problem
         if bad is None or bad.reason not in diagnose.REASONS:
-            return None
+            return {}
         with np.errstate(invalid="ignore"):
             of_case = faults.case_of(
                 problem, case, "fwd", answer.arrays, answer.judgement.truth, answer.judgement.model
@@ -416,24 +430,39 @@ class _Run:
         outputs = tuple(answer.outputs)
 
         def suspects(_: Any, at: int) -> Any:
-            for mutant in self.puzzle.mutants:
-                if self.backend not in mutant.edits:
-                    continue
-                made = self.child.load(mutant.source(self.puzzle, self.backend), other=True)
-                made = self.child.call(answer.arrays, case.options, ()) if made["ok"] else made
-                if not made["ok"] or len(made["outputs"]) != len(outputs):
-                    continue
-                wrong = made["outputs"][at]
-                if wrong.shape == outputs[at].shape:
-                    yield mutant.name, mutant.says, diagnose.grid(wrong)
+            if not named:
+                return
+            made = list(self.mutants(answer.arrays, case.options, at, outputs))
+            for name, says, wrong in made:
+                if sum(np.array_equal(wrong, other, equal_nan=True) for _, _, other in made) == 1:
+                    yield name, says, wrong
 
         try:
             with np.errstate(invalid="ignore"):  # NaN has no code
-                return diagnose.diagnosis(
+                found = diagnose.diagnosis(
                     of_case, answer.judgement.model, outputs, bad, (), suspects
                 )
         finally:
             self.child.load(self.source)
+        return found or {}
+
+    def mutants(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        options: Mapping[str, Any],
+        at: int,
+        outputs: tuple[np.ndarray, ...],
+    ) -> Iterator[tuple[str, str, np.ndarray]]:
+        """What each mutant makes of these inputs: its name, what it does, that output."""
+        for mutant in self.puzzle.mutants:
+            if self.backend not in mutant.edits:
+                continue
+            made = self.child.load(mutant.source(self.puzzle, self.backend), other=True)
+            made = self.child.call(arrays, options, ()) if made["ok"] else made
+            if made["ok"] and len(made["outputs"]) == len(outputs):
+                wrong = made["outputs"][at]
+                if wrong.shape == outputs[at].shape:
+                    yield mutant.name, mutant.says, diagnose.grid(wrong)
 
 
 SMALL = 1024  # bytes of input from which the share of reads is counted

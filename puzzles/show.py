@@ -94,7 +94,8 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 def _bars(console: "rich.console.Console", found: Result) -> None:
     """Correctness, constraints, speed; what is locked is not lost."""
     right = sum(o.ok for o in found.outcomes if o.sizes)
-    cases = f"{right} of {len([o for o in found.outcomes if o.sizes])} cases"
+    tried = len([o for o in found.outcomes if o.sizes])
+    cases = f"{right} of {tried} cases" if tried else "nothing was run"
     measured = ", ".join(
         f"{c.name} " + ("not metered" if c.measured is None else f"{c.measured:g}".rstrip("."))
         + f" of {c.limit:g}" + ("" if c.ok else " [red]too many[/]")

@@ -307,7 +307,7 @@ def test_the_first_wrong_element_and_the_place_of_all():
     found = judged(p, p.workload("ci"), "fwd", edited(change), [config])
     first = found["first_wrong"]
     assert first["index"] == [70, 130] and first["tile"] == [1, 2] and first["block"] == [64, 64]
-    assert first["warpgroup"] == 0 and first["looks"] == "3 of the truth"
+    assert first["warpgroup"] == 0 and first["looks"] == "3 times the truth"
     assert found["where"] == (
         "every wrong element lies in row 70, columns >= 130 (of 136); all in tile (1, 2) of 2 x 3"
     )

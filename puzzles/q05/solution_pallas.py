@@ -53,6 +53,7 @@ def _sum_kernel(x_gmem, total_gmem, *, N, seed):
         # 2. Draw a number of 16 bits of your own for this step and column: random(seed, counter)
         #    takes uint32 counters. Add it to the bits.
         # 3. Keep the upper 16 bits; return the float32 whose bits are these and 16 zeros.
+        #    (A constant that does not fit into int32 is written jnp.uint32(0x...).)
         # INSTEAD return total + x
         bits = lax.bitcast_convert_type(total + x, jnp.uint32)
         drawn = random(seed, (t * N + n).astype(jnp.uint32)) & 0xFFFF
