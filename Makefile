@@ -1,4 +1,4 @@
-# make parity | test | puzzles | lint | docs | lab | sass | test-newest | clean
+# make parity | test | puzzles | notebooks | lint | docs | lab | sass | test-newest | clean
 #
 # Each builds the environment it needs by itself, once (constraints/venv.sh). Everything stays inside
 # the checkout. Paths are relative, so that a space in the checkout's own path does no harm.
@@ -6,7 +6,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help parity test puzzles lint docs lab sass test-newest clean venv tmp
+.PHONY: help parity test puzzles notebooks lint docs lab sass test-newest clean venv tmp
 
 ARGS ?=
 # jax finds a GPU through a plugin of its own; torch brings its CUDA along.
@@ -40,9 +40,10 @@ help:
 	@echo 'make parity        check every kernel against the oracle, compile it for sm_90a, measure it on a Hopper GPU'
 	@echo 'make test          the test suite'
 	@echo 'make puzzles       every puzzle through its gates: skeletons fail, solutions pass, mutants are named'
+	@echo 'make notebooks     every lesson: it rebuilds, its exercises fail as given and pass when solved'
 	@echo 'make lint          format, lint and types'
 	@echo 'make docs          render the pictures, the tables and the pages that show records'
-	@echo 'make lab           JupyterLab on the notebooks'
+	@echo 'make lab           JupyterLab on your own copy of the lessons, in my_lessons/'
 	@echo 'make sass          the compile gate down to machine code for both languages'
 	@echo 'make test-newest   the test suite on the newest frameworks'
 	@echo 'make clean         remove environments, caches and reports'
@@ -56,6 +57,9 @@ test: venv
 puzzles: venv
 	@.venv/bin/puzzles author check $(ARGS)
 
+notebooks: venv
+	@.venv/bin/python notebooks/build.py --check $(ARGS)
+
 lint: venv
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
@@ -67,7 +71,8 @@ docs: venv
 
 lab: tmp
 	@sh constraints/venv.sh checkout .venv verified.txt dev,notebooks$(CUDA)
-	@.venv/bin/jupyter lab --notebook-dir=notebooks $(ARGS)
+	@.venv/bin/python notebooks/build.py --mine
+	@.venv/bin/jupyter lab my_lessons/01_first_tile_kernel.ipynb $(ARGS)
 
 # Pallas' machine code needs jax's CUDA compiler, but neither a GPU nor the rest of CUDA.
 sass: venv

@@ -1,0 +1,270 @@
+"""Pictures drawn from data: who owns which element, bytes moved, the roofline, a truth table.
+
+Each function returns a parity.drawings.Picture: an SVG in the project's colours with a title and a
+description in words. Nothing is told by colour alone: programs have numbers, marks have shapes.
+`_course.show` puts a picture into a notebook.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from notebooks._tracer import Trace
+from parity.drawings import INK, Picture, Sheet
+
+SMALL, TEXT = 7.8, 8.6  # points
+FILLS = ("triton", "pallas", "good", "wait", "peer")  # neighbours in a grid get different ones
+
+
+def diagram(name: str, height: float) -> Sheet:
+    """A sheet without axes, in points from its upper left corner."""
+    sheet = Sheet(name, height, left=4, right=4, top=4, bottom=4)
+    sheet.axes.set_axis_off()
+    sheet.axes.set_xlim(0, sheet.width)
+    sheet.axes.set_ylim(height, 0)
+    return sheet
+
+
+def box(sheet: Sheet, x: float, y: float, wide: float, high: float, **how: Any) -> None:
+    """A rectangle whose upper left corner is (x, y); matplotlib's settings for patches follow."""
+    from matplotlib.patches import Rectangle
+
+    how = {"facecolor": "none", "edgecolor": INK["line"], "linewidth": 0.8} | how
+    sheet.axes.add_artist(Rectangle((x, y), wide, high, **how))
+
+
+# Which program owns which element
+
+
+def ownership(traces: Mapping[str, Trace], array: str = "out") -> Picture:
+    """Each element of a 1-D or 2-D array in the colour and with the number of who stores it.
+
+    traces: label -> one traced call. Lanes that reach beyond the array stand outside it, crossed
+    out: their mask, or the copy engine, keeps them from doing anything.
+    """
+    panels = {label: _panel(trace, array) for label, trace in traces.items()}
+    gap, head, foot = 14.0, 16.0, 14.0
+    columns = sum(panel.columns for panel in panels.values())
+    cell = min(15.0, (332.0 - gap * (len(panels) - 1)) / columns)
+    height = head + cell * max(panel.rows for panel in panels.values()) + foot
+    sheet = diagram("ownership", height)
+    x0, said = 0.0, []
+    for label, panel in panels.items():
+        sheet.words(x0, head / 2, label, weight=700)
+        for (i, j), who in panel.owner.items():
+            box(sheet, x0 + j * cell, head + i * cell, cell, cell, alpha=0.32, linewidth=0,
+                facecolor=INK[FILLS[_colour(who)]])  # fmt: skip
+        high, wide = (cell * side for side in panel.shape)
+        lines = {"color": INK["line"], "linewidth": 0.5}
+        sheet.axes.hlines([head + cell * i for i in range(panel.shape[0])], x0, x0 + wide, **lines)
+        sheet.axes.vlines(
+            [x0 + cell * j for j in range(panel.shape[1])], head, head + high, **lines
+        )
+        for i, j in panel.idle:
+            x, y = x0 + j * cell, head + i * cell
+            near, far = 0.25 * cell, 0.75 * cell
+            cross = [x + near, x + far, math.nan, x + far, x + near]
+            sheet.axes.plot(
+                cross, [y + near, y + far, math.nan, y + near, y + far],
+                color=INK["bad"], linewidth=0.8,
+            )  # fmt: skip
+            box(sheet, x + 0.8, y + 0.8, cell - 1.6, cell - 1.6, edgecolor=INK["bad"],
+                linewidth=0.4)  # fmt: skip
+        for i, j in panel.unowned:
+            box(sheet, x0 + j * cell, head + i * cell, cell, cell, hatch="////", linewidth=0.5)
+        box(sheet, x0, head, wide, high, edgecolor=INK["ink"], linewidth=1.4)
+        for who, (i, j) in panel.centres.items():
+            name = ",".join(map(str, who))
+            size = min(TEXT, 1.5 * cell / max(1, 0.62 * len(name)))
+            sheet.words(x0 + (j + 0.5) * cell, head + (i + 0.5) * cell, name, ha="center",
+                        weight=700, size=size)  # fmt: skip
+        shape = " x ".join(map(str, panel.shape if panel.two else panel.shape[1:]))
+        counts = f"{len(panel.centres)} programs, {len(panel.idle)} idle lanes"
+        counts += f", {len(panel.unowned)} unwritten" if panel.unowned else ""
+        sheet.words(x0, height - foot / 2, counts, size=SMALL, color=INK["faint"])
+        said.append(f"{label}: {shape}, {counts}")
+        x0 += max(cell * panel.columns, 4.4 * len(counts)) + gap
+    words = (
+        "Each cell is one element, marked with the program that stores it. Crossed cells outside "
+        f"the frame are lanes without an element. {'; '.join(said)}."
+    )
+    return sheet.picture(f"Who stores which element of {array}", words)
+
+
+class _Panel:
+    """One array as the picture shows it."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.two = len(shape) == 2
+        self.shape = shape if self.two else (1, *shape)
+        self.owner: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.idle: set[tuple[int, int]] = set()
+        self.centres: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    @property
+    def unowned(self) -> list[tuple[int, int]]:
+        every = np.ndindex(*self.shape)
+        return [(i, j) for i, j in every if (i, j) not in self.owner]
+
+    @property
+    def rows(self) -> int:
+        return max([self.shape[0], *(i + 1 for i, _ in self.idle)])
+
+    @property
+    def columns(self) -> int:
+        return max([self.shape[1], *(j + 1 for _, j in self.idle)])
+
+
+def _panel(trace: Trace, array: str) -> _Panel:
+    stores = [t for t in trace.touches if t.stored and t.array == array]
+    if not stores:
+        raise ValueError(f"array: nobody stores to {array!r}")
+    panel = _Panel(stores[0].shape)
+    axes = [i for i in range(3) if any(len(t.program) > i and t.program[i] for t in stores)] or [0]
+    for t in stores:
+        who = tuple(t.program[i] for i in axes)
+        cells = [(int(at[0]) if panel.two else 0, int(at[-1])) for at in t.at]
+        live = [c for c, alive in zip(cells, t.live, strict=True) if alive]
+        panel.owner.update(dict.fromkeys(live, who))
+        if live:
+            i, j = np.mean(live, axis=0)
+            panel.centres[who] = float(i), float(j)
+    # A copy engine clips its stores before anybody sees them: the lanes show where it loads.
+    for t in trace.touches:
+        if t.shape != stores[0].shape:
+            continue
+        for at, alive in zip(t.at, t.live, strict=True):
+            i, j = int(at[0]) if panel.two else 0, int(at[-1])
+            if not alive and not (0 <= i < panel.shape[0] and 0 <= j < panel.shape[1]):
+                panel.idle.add((i, j))
+    return panel
+
+
+def _colour(who: tuple[int, ...]) -> int:
+    return sum(i * step for i, step in zip(who, (2, 1, 3), strict=False)) % len(FILLS)
+
+
+# Bytes
+
+
+def traffic(bars: Mapping[str, tuple[int, int]], least: tuple[int, int] | None = None) -> Picture:
+    """Bytes that were read and written, one bar a label; `least`: what nobody can do without."""
+    row, head = 18.0, 14.0
+    sheet = Sheet("traffic", head + row * len(bars), left=92, right=12, top=2, bottom=28)
+    axes = sheet.axes
+    end = max([sum(pair) for pair in bars.values()] + ([sum(least)] if least else []))
+    unit, name = next((u, n) for u, n in ((1 << 20, "MB"), (1 << 10, "KB"), (1, "bytes"))
+                      if end >= 10 * u or u == 1)  # fmt: skip
+    axes.set_xlim(0, 1.05 * end / unit)
+    axes.set_ylim(head + row * len(bars), 0)
+    axes.set_yticks([])
+    axes.set_xlabel(f"{name} between memory and the kernels", size=SMALL, color=INK["ink"])
+    sheet.words(0.86 * end / unit, head / 2, "read", color=INK["triton"], weight=700, ha="right")
+    sheet.words(1.05 * end / unit, head / 2, "written", color=INK["pallas"], weight=700, ha="right")
+    said = []
+    for k, (label, (read, written)) in enumerate(bars.items()):
+        y = head + row * (k + 0.5)
+        axes.barh([y], [read / unit], height=0.62 * row, color=INK["triton"], linewidth=0)
+        axes.barh(
+            [y], [written / unit], left=[read / unit], height=0.62 * row,
+            color=INK["pallas"], linewidth=0, hatch="///", edgecolor=INK["paper"],
+        )  # fmt: skip
+        sheet.words(-4 / sheet.width, y, label, ha="right", transform=axes.get_yaxis_transform())
+        said.append(f"{label} reads {read:,} and writes {written:,} bytes")
+    if least:
+        axes.axvline(sum(least) / unit, color=INK["ink"], linewidth=1, linestyle=(0, (3, 2)))
+        sheet.words(sum(least) / unit, head / 2, "least ", size=SMALL, ha="right")
+        said.append(f"the least is {sum(least):,} bytes")
+    return sheet.picture("Bytes read and written", "; ".join(said) + ".")
+
+
+# The roofline
+
+
+def roofline(
+    dots: Mapping[str, float], copy_gbps: float, tflops: float, of: str, at: float | None = None
+) -> Picture:
+    """How fast work of some arithmetic intensity can be at most on one device.
+
+    dots: label -> FLOP per byte; a dot sits on the roof, where the best kernel of that kind would.
+    copy_gbps, tflops: ceilings, measured. of: whose, for the title. at: an intensity to read off.
+    """
+    ridge = 1e3 * tflops / copy_gbps
+    sheet = Sheet("roofline", 170, left=40, right=12, top=8, bottom=32)
+    axes = sheet.axes
+    values = [v for v in (*dots.values(), at or 0) if v > 0]
+    low, high = min([*values, ridge / 100]) / 2, max([*values, ridge]) * 5
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+
+    def roof(intensity: float) -> float:
+        return min(intensity * copy_gbps / 1e3, tflops)
+
+    axes.set_ylim(roof(low) / 2, 3 * tflops)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.grid(color=INK["line"], linewidth=0.5)
+    axes.set_axisbelow(True)
+    corners = [low, ridge, high]
+    axes.plot(corners, [roof(i) for i in corners], color=INK["ink"], linewidth=1.3)
+    sheet.words(math.sqrt(low * ridge), roof(math.sqrt(low * ridge)) * 1.7,
+                f"{copy_gbps:.0f} GB/s", size=SMALL, ha="right")  # fmt: skip
+    sheet.words(high / 1.1, tflops * 1.5, f"{tflops:.0f} TFLOP/s", size=SMALL, ha="right")
+    said = []
+    for k, (label, intensity) in enumerate(dots.items()):
+        axes.plot([intensity], [roof(intensity)], "o", color=INK["triton"], markersize=5)
+        sheet.words(intensity * 1.15, roof(intensity) / (1.35 if k % 2 else 1.8), label, size=SMALL)
+        bound = "memory" if intensity < ridge else "arithmetic"
+        said.append(f"{label} at {intensity:.3g} FLOP per byte: {bound} is the limit")
+    if at:
+        axes.axvline(at, color=INK["pallas"], linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.plot([at], [roof(at)], "^", color=INK["pallas"], markersize=6)
+        said.append(f"at {at:.3g} FLOP per byte the roof is {roof(at):.3g} TFLOP/s")
+    axes.set_xlabel("FLOP per byte moved", size=SMALL, color=INK["ink"])
+    axes.set_ylabel("TFLOP/s at most", size=SMALL, color=INK["ink"], labelpad=1)
+    return sheet.picture(
+        f"Roofline of {of}",
+        f"The roof rises with {copy_gbps:.0f} GB/s up to {tflops:.0f} TFLOP/s, which it reaches at "
+        f"{ridge:.0f} FLOP per byte. {'; '.join(said)}.",
+    )
+
+
+# A truth table
+
+
+def truth_table(
+    rows: Mapping[str, Sequence[str]], columns: Sequence[str], title: str, note: str = ""
+) -> Picture:
+    """Words in cells, coloured by kind: "right", "wrong", "caught", "unseen", or "" for blank.
+
+    A cell is "kind" or "kind: other word".
+    """
+    kinds = {"right": ("good", 0.2), "caught": ("good", 0.2), "wrong": ("bad", 0.25),
+             "unseen": ("bad", 0.25), "refused": ("wait", 0.25), "": ("paper", 0)}  # fmt: skip
+    left, high, head = 118.0, 17.0, 18.0
+    height = head + high * len(rows) + (14 if note else 0)
+    sheet = diagram("table", height)
+    wide = (sheet.width - left) / len(columns)
+    for j, column in enumerate(columns):
+        sheet.words(left + (j + 0.5) * wide, head / 2, column, ha="center", weight=700, size=SMALL)
+    said = []
+    for i, (label, cells) in enumerate(rows.items()):
+        y = head + i * high
+        sheet.words(0, y + high / 2, label, size=SMALL)
+        for j, cell in enumerate(cells):
+            kind, _, word = cell.partition(": ")
+            colour, alpha = kinds[kind]
+            box(sheet, left + j * wide + 1, y + 1, wide - 2, high - 2, facecolor=INK[colour],
+                alpha=alpha, linewidth=0)  # fmt: skip
+            sheet.words(left + (j + 0.5) * wide, y + high / 2, word or kind, ha="center",
+                        size=SMALL, weight=700 if colour == "bad" else 400)  # fmt: skip
+        told = (f"{c} {cell.partition(': ')[2] or cell or 'blank'}"
+                for c, cell in zip(columns, cells, strict=True))  # fmt: skip
+        said.append(f"{label}: {', '.join(told)}")
+    if note:
+        sheet.words(0, height - 7, note, size=SMALL, color=INK["faint"])
+    return sheet.picture(title, "; ".join(said) + ".")

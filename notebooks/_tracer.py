@@ -1,0 +1,201 @@
+"""Which program touches which element: one call of a small kernel, watched in its interpreter.
+
+Both interpreters say what they load and store (parity.frameworks); here both become `Touch`es with
+the same fields, so that one picture can show either language.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Touch(NamedTuple):
+    """One load or store of one program."""
+
+    launch: int  # from 0, in the order of the call
+    program: tuple[int, ...]  # its place in the grid
+    stored: bool
+    array: str  # a parameter's name; "out", or "out1" and so on; "scratch"
+    shape: tuple[int, ...]  # of that array
+    at: np.ndarray  # int [lanes, dimensions]: the element each lane asks for
+    live: np.ndarray  # bool [lanes]: the lane takes part, and lies inside
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one call returned and did."""
+
+    outputs: tuple[Any, ...]
+    touches: tuple[Touch, ...]
+    read: int  # bytes
+    written: int
+
+    @property
+    def programs(self) -> int:
+        """How many programs touched anything, over all launches."""
+        return len({(t.launch, t.program) for t in self.touches})
+
+
+def trace(fn: Callable[..., Any], *arrays: Any, **options: Any) -> Trace:
+    """Calls fn(*arrays, **options) and notes what its kernels load and store.
+
+    arrays: all torch tensors, or all jax arrays. Keep them small: a touch is kept for every load.
+    """
+    names = [p for p in inspect.signature(fn).parameters][: len(arrays)]
+    if type(arrays[0]).__module__.startswith("torch"):
+        return _triton(fn, names, arrays, options)
+    return _pallas(fn, names, arrays, options)
+
+
+def _triton(fn: Callable[..., Any], names: list[str], arrays: Sequence, options: dict) -> Trace:
+    from parity.frameworks import torch as twin
+    from parity.frameworks import triton_interpreter
+
+    seen: list[tuple[int, Any]] = []
+    with triton_interpreter.launches() as launched:
+
+        def each(touch: Any) -> None:
+            addresses, mask = (np.array(x) for x in (touch.addresses, touch.mask))
+            seen.append((len(launched) - 1, touch._replace(addresses=addresses, mask=mask)))
+
+        with triton_interpreter.traffic(each) as moved:
+            outputs = twin.outputs_of(twin.run(fn, arrays, options))
+    known = dict(zip(names, arrays, strict=True)) | dict(zip(_outs(outputs), outputs, strict=True))
+    places = {name: (x.data_ptr(), tuple(x.shape), x.numel()) for name, x in known.items()}
+    touches = [_placed(launch, touch, places) for launch, touch in seen]
+    return Trace(outputs, tuple(touches), moved.read, moved.written)
+
+
+def _placed(launch: int, touch: Any, places: dict[str, tuple[int, tuple, int]]) -> Touch:
+    """The lanes' elements, from their addresses; a masked lane's by its place in the tile."""
+    lanes, mask = touch.addresses.astype(np.int64), touch.mask.astype(bool)
+    mask = np.broadcast_to(mask, lanes.shape)
+    first = int(lanes[mask].min()) if mask.any() else int(lanes.flat[0])
+    program = tuple(int(i) for i in touch.program)
+    inside = (n for n, (b, _, size) in places.items() if b <= first < b + size * touch.itemsize)
+    name = next(inside, "scratch")
+    if name == "scratch":
+        at = (lanes.reshape(-1, 1) - first) // touch.itemsize
+        return Touch(launch, program, touch.stored, name, (), at, mask.reshape(-1))
+    base, shape, size = places[name]
+    flat = (lanes - base) // touch.itemsize
+    if len(shape) == lanes.ndim == 2 and shape[1]:  # a tile: its corner says where each lane is
+        corner = np.array(np.divmod(flat.flat[0], shape[1]))
+        at = corner + np.argwhere(np.ones_like(lanes))
+    elif len(shape) == 1:
+        at = flat.reshape(-1, 1)
+    else:
+        within = np.clip(flat.reshape(-1), 0, max(0, size - 1))
+        at = np.stack(np.unravel_index(within, shape or (1,)), -1)
+    return Touch(launch, program, touch.stored, name, shape, at, mask.reshape(-1))
+
+
+def _pallas(fn: Callable[..., Any], names: list[str], arrays: Sequence, options: dict) -> Trace:
+    from parity.frameworks import jax as twin
+    from parity.frameworks import mosaic_interpreter
+
+    seen: list[Any] = []
+    with mosaic_interpreter.traffic(seen.append) as moved:
+        outputs = twin.outputs_of(twin.run(fn, arrays, options))
+    buffers = sorted({touch.buffer for touch in seen})
+    labels = [*names, *_outs(outputs)]
+    if len(labels) != len(buffers):  # several kernels, or an array that nobody touched
+        labels = [f"array {i}" for i in range(len(buffers))]
+    label = dict(zip(buffers, labels, strict=True))
+    touches = []
+    for touch in seen:
+        sides = [np.arange(s.start, s.stop, s.step or 1) for s in touch.box]
+        at = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, len(sides))
+        live = np.asarray(((at >= 0) & (at < np.array(touch.shape))).all(1))
+        program = tuple(map(int, touch.block))
+        touches.append(Touch(0, program, touch.stored, label[touch.buffer], touch.shape, at, live))
+    return Trace(outputs, tuple(touches), moved.read, moved.written)
+
+
+def _outs(outputs: Sequence[Any]) -> list[str]:
+    return ["out", *(f"out{i}" for i in range(1, len(outputs)))]
+
+
+def _extents(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """The first address of each tensor, and the first one after it."""
+    for x in arguments:
+        x = getattr(x, "base", x) if hasattr(x, "block_shape") else x  # a tensor descriptor
+        if hasattr(x, "data_ptr") and x.numel():
+            reach = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            yield x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+
+
+class Conflict(NamedTuple):
+    """An element that two programs of one launch touch, one of them storing, with no order."""
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    both_store: bool
+    lanes: int  # how many elements are contested, over all programs
+
+
+class Stray(NamedTuple):
+    """An access outside every tensor that the kernel was given."""
+
+    program: tuple[int, ...]
+    stored: bool
+    lanes: int
+
+
+class Watch:
+    """Finds what Triton's interpreter lets pass: stray accesses, and programs that meet.
+
+    Give `each` to triton_interpreter.traffic, inside triton_interpreter.launches() as launched.
+    Atomics do not come by here: they are ordered.
+    """
+
+    def __init__(self, launched: Sequence[Any]) -> None:
+        self.stray: Stray | None = None  # the first one
+        self._launched = launched
+        self._seen: dict[tuple[int, bool], list[tuple[tuple[int, ...], np.ndarray]]] = {}
+
+    def each(self, touch: Any) -> None:
+        at = np.unique(np.broadcast_to(touch.addresses, touch.mask.shape)[touch.mask])
+        program, stored = tuple(map(int, touch.program)), bool(touch.stored)
+        self._seen.setdefault((len(self._launched), stored), []).append((program, at))
+        if self.stray is None:
+            outside = np.ones(at.shape, bool)
+            for start, end in _extents(self._launched[-1].arguments.values()):
+                outside &= (at < start) | (at >= end)
+            if outside.any():
+                self.stray = Stray(program, stored, int(outside.sum()))
+
+    def conflict(self) -> Conflict | None:
+        for launch, stored in sorted(self._seen):
+            if not stored:
+                continue
+            writers, owner, programs = self._owners(launch, True)
+            again = np.flatnonzero((writers[1:] == writers[:-1]) & (owner[1:] != owner[:-1]))
+            if again.size:
+                i = int(again[0])
+                two = programs[owner[i]], programs[owner[i + 1]]
+                return Conflict(*two, True, int(np.unique(writers[again]).size))
+            if (launch, False) not in self._seen:
+                continue
+            readers, reader, _ = self._owners(launch, False)
+            place = np.minimum(np.searchsorted(writers, readers), len(writers) - 1)
+            meet = np.flatnonzero((writers[place] == readers) & (owner[place] != reader))
+            if meet.size:
+                i = int(meet[0])
+                two = programs[reader[i]], programs[owner[place[i]]]
+                return Conflict(*two, False, int(np.unique(readers[meet]).size))
+        return None
+
+    def _owners(self, launch: int, stored: bool) -> tuple[np.ndarray, np.ndarray, list]:
+        """(addresses in order, the number of the program behind each, programs by number)."""
+        found = self._seen[launch, stored]
+        all_of_it = found + self._seen.get((launch, not stored), [])
+        programs = sorted({program for program, _ in all_of_it})
+        number = {program: i for i, program in enumerate(programs)}
+        at = np.concatenate([a for _, a in found])
+        who = np.concatenate([np.full(a.size, number[p]) for p, a in found])
+        pairs = np.unique(np.stack([at.astype(np.int64), who]), axis=1)
+        return pairs[0], pairs[1], programs
