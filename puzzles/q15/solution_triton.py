@@ -17,11 +17,14 @@ def _w4_kernel(
     x_ptr, packed_ptr, scale_ptr, zero_ptr, y_ptr, M, N, K,
     block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
-    """One program for a tile [block_m, block_n] of y; K is a whole number of groups of 128."""
+    """One program for a tile of y, transposed: [block_n, block_m]; K is whole groups of 128.
+
+    The tensor cores of Hopper want 64 rows on the left: rows of W are many, tokens are few.
+    """
     m = tl.program_id(1) * block_m + tl.arange(0, block_m)
     n = tl.program_id(0).to(tl.int64) * block_n + tl.arange(0, block_n)
     k, j = tl.arange(0, 128), tl.arange(0, 64)  # a group's weights, and its bytes
-    acc = tl.zeros([block_m, block_n], tl.float32)
+    acc = tl.zeros([block_n, block_m], tl.float32)
     for g in range(0, K // 128):
         at = m[:, None] * K + g * 128 + k[None, :]
         x = tl.load(x_ptr + at, mask=m[:, None] < M, other=0.0)  # [block_m, 128]
@@ -32,15 +35,15 @@ def _w4_kernel(
         # BEGIN SOLUTION
         # 1. Both nibbles of each byte in turn: the codes, [block_n, 128].
         # 2. As float16, minus the zero point, times the scale.
-        # 3. Add x times the transpose of that to acc.
+        # 3. Add that times the transpose of x to acc.
         code = tl.interleave(byte & 15, byte >> 4).to(tl.int16)
         code = (code | 0x6400).to(tl.float16, bitcast=True)  # 1024 + code
         zero = (zero.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
         w = (code - zero[:, None]) * scale[:, None]
-        acc = tl.dot(x, tl.trans(w), acc)
+        acc = tl.dot(w, tl.trans(x), acc)
         # END SOLUTION
-    at = m[:, None] * N + n[None, :]
-    tl.store(y_ptr + at, acc.to(tl.float16), mask=(m[:, None] < M) & (n[None, :] < N))
+    at = m[None, :] * N + n[:, None]
+    tl.store(y_ptr + at, acc.to(tl.float16), mask=(m[None, :] < M) & (n[:, None] < N))
 
 
 def solve(x, packed, scale, zero):
