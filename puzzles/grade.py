@@ -444,6 +444,10 @@ class _Run:
                 )
         finally:
             self.child.load(self.source)
+        if found and "first_wrong" in found:
+            found["first_wrong"] |= _behind(
+                found, dict(zip(problem.outputs(case), outputs, strict=True)), answer
+            )
         return found or {}
 
     def mutants(
@@ -463,6 +467,24 @@ class _Run:
                 wrong = made["outputs"][at]
                 if wrong.shape == outputs[at].shape:
                     yield mutant.name, mutant.says, diagnose.grid(wrong)
+
+
+def _behind(
+    found: Mapping[str, Any], outputs: Mapping[str, np.ndarray], answer: "Answer"
+) -> dict[str, str]:
+    """Of the first wrong element: the inputs at the same place, and a code in hexadecimal."""
+    output, first = outputs[found["output"]], found["first_wrong"]
+    at = tuple(first["index"])
+    given = [
+        f"{name}{list(at)} is {float(x[at]):.9g}"
+        for name, x in answer.arrays.items()
+        if x.shape == output.shape
+    ]
+    more = {"given": ", ".join(given)}
+    if output.dtype == np.uint8:
+        more["looks"] = "" if first["looks"].endswith("times the truth") else first["looks"]
+        more["bits"] = f"0x{int(first['got']):02X} where 0x{int(first['expected']):02X} belongs"
+    return more
 
 
 SMALL = 1024  # bytes of input from which the share of reads is counted

@@ -45,6 +45,7 @@ def plot(name: str, height: float, x: str, y: str, *, left: float = 34) -> Sheet
     sheet.axes.set_ylabel(y, size=SMALL, color=INK["ink"], labelpad=2)
     sheet.axes.grid(color=INK["line"], linewidth=0.4)
     sheet.axes.set_axisbelow(True)
+    sheet.axes.tick_params(which="minor", left=False, bottom=False)  # a logarithmic axis has some
     return sheet
 
 

@@ -22,7 +22,7 @@ def result(
     console: "rich.console.Console", puzzle: Puzzle, found: Result, file: str, *, prompt: str = ""
 ) -> None:
     """A graded solution in at most some twenty lines. prompt: before a command of the shell."""
-    how = f"{found.backend}, interpreted on the CPU"
+    how = f"{found.backend}, interpreted"
     console.print(
         f"[bold]{puzzle.id.upper()} {escape(puzzle.title)}[/]   [dim]{how}, seed {found.seed}[/]"
     )
@@ -80,6 +80,8 @@ def _failure(console: "rich.console.Console", found: Result, file: str) -> None:
         line("smallest", f"{_sizes(story.smallest)} fails the same way{rest}")
     if first := told.get("first_wrong"):
         line("first wrong", element(told, first))
+        if beneath := ", ".join(filter(None, (first.get("bits"), first.get("given")))):
+            line("", beneath)
     if told.get("where") and told.get("elements", 0) > 1:
         line("pattern", told["where"])
     console.print(grid)

@@ -110,6 +110,27 @@ def test_a_mistake_is_named_and_shrunk(children: dict[str, Child]):
     assert 0 < found.points["correctness"] < Q01.points.correctness
 
 
+def test_the_first_wrong_code_comes_with_its_number(children: dict[str, Child]):
+    puzzle = load(HOME / "q06")
+    mutant = next(m for m in puzzle.mutants if m.name == "truncates")
+    source = mutant.source(puzzle, "triton")
+    found = grade(puzzle, "triton", source, seed=SEED, child=children["triton"])
+    assert found.story is not None and found.story.diagnosis is not None
+    first = found.story.diagnosis["first_wrong"]
+    assert first["bits"] == "0x39 where 0x3A belongs" and first["given"] == "x[1] is 1.1875"
+
+
+def test_what_several_mistakes_explain_is_called_none_of_them(children: dict[str, Child]):
+    """One sum of eight steps stays 4 for three reasons; the other cases tell them apart."""
+    puzzle = load(HOME / "q05")
+    mutant = next(m for m in puzzle.mutants if m.name == "same_at_every_step")
+    source = mutant.source(puzzle, "triton")
+    found = grade(puzzle, "triton", source, seed=SEED, child=children["triton"])
+    assert found.story is not None and found.story.diagnosis is not None
+    assert found.story.case == "eight"
+    assert found.story.diagnosis["looks_like"] == "same_at_every_step"
+
+
 def test_a_seed_replays_the_fresh_cases():
     def drawn(seed: str) -> list[dict]:
         return [dict(c.sizes) for c in Q01.cases(np.random.default_rng(int(seed, 16)))]
