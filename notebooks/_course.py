@@ -21,9 +21,11 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -289,8 +291,8 @@ class Answer:
 def check(name: str, **kernels: Callable[..., Any]) -> None:
     """Judges a learner's kernels: exercises/NAME.py says what they must compute.
 
-    kernels: triton=..., pallas=..., or one of them. Triton's are first called between guard bands
-    and watched for programs that touch each other's elements. Then parity.check judges both on
+    kernels: triton=..., pallas=..., or one of them. Triton's are first watched for accesses outside
+    their arrays and for programs that touch each other's elements. Then parity.check judges both on
     every workload, as it judges the project's own twins.
     """
     exercise = importlib.import_module(f"notebooks.exercises.{name}")
@@ -354,26 +356,25 @@ def _kernel(fn: Callable[..., Any]) -> frameworks.Kernel:
 def _told(c: Any, fn: Callable, problem: Any, work: Any) -> str:
     """A sentence of what is wrong, and what the wrong elements have in common."""
     if c.reason == "crash":
-        return c.detail + _line(fn, problem, work, c.impl)
+        language, arrays = frameworks.twin(c.impl), _draw(problem, work)
+        try:
+            language.run(fn, [language.native(x) for x in arrays.values()], dict(work.options))
+        except Exception as error:
+            return _traced(error)
     told = c.diagnosis or {}
     return ". ".join(filter(None, (c.detail, told.get("because") or told.get("where"))))
 
 
-def _line(fn: Callable, problem: Any, work: Any, twin: str) -> str:
-    """Where in the notebook an exception came from."""
-    import traceback
-
-    language = frameworks.twin(twin)
-    arrays = _draw(problem, work)
-    try:
-        language.run(fn, [language.native(x) for x in arrays.values()], dict(work.options))
-    except Exception as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if "ipykernel" in frame.filename or "ipython-input" in frame.filename:
-                return f"; at `{(frame.line or '').strip()}`"
-    return ""
+def _traced(error: BaseException) -> str:
+    """An exception in a sentence, with the line of the notebook that it came from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next(iter(str(error).strip().splitlines()), "")
+    first = re.sub(r"\b\d{5,}\.py:(\d+)", r"line \1 of your cell", first)  # IPython numbers cells
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "ipykernel" in frame.filename or "ipython-input" in frame.filename:
+            return f"{type(error).__name__}: {first}; at `{(frame.line or '').strip()}`"
+    return f"{type(error).__name__}: {first}"
 
 
 def _draw(problem: Any, work: Any) -> dict[str, Any]:
@@ -393,13 +394,15 @@ def _watched(problem: Any, work: Any, fn: Callable[..., Any]) -> Answer | None:
         try:
             with triton_interpreter.traffic(watch.each):
                 _, seen = triton_side.call(fn, _draw(problem, work), work.options, problem.glue)
-        except Exception:
-            return None  # parity.check will say what happened
-    if seen.beside or watch.stray:
-        lost = watch.stray
-        who = f"program {lost.program}" if lost else "a program"
-        verb = "loads from" if lost and not lost.stored else "stores to"
-        detail = f"{who} {verb} addresses outside the arrays it was given; mask those lanes"
+        except Exception as error:
+            if lost := watch.stray:
+                verb = "stores to" if lost.stored else "loads from"
+                detail = f"program {lost.program} {verb} addresses outside the arrays it was given"
+                detail += ": mask those lanes"
+                return Answer("triton", False, "past_the_end", detail, work.name)
+            return Answer("triton", False, "crash", _traced(error), work.name)
+    if seen.beside:
+        detail = f"a store went past the end of {seen.beside[0]}"
         return Answer("triton", False, "past_the_end", detail, work.name)
     if clash := watch.conflict():
         verb = "both store" if clash.both_store else "one loads what the other stores"

@@ -4,6 +4,7 @@ Both interpreters say what they load and store (parity.frameworks); here both be
 the same fields, so that one picture can show either language.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,12 +62,33 @@ def _triton(fn: Callable[..., Any], names: list[str], arrays: Sequence, options:
             addresses, mask = (np.array(x) for x in (touch.addresses, touch.mask))
             seen.append((len(launched) - 1, touch._replace(addresses=addresses, mask=mask)))
 
-        with triton_interpreter.traffic(each) as moved:
-            outputs = twin.outputs_of(twin.run(fn, arrays, options))
-    known = dict(zip(names, arrays, strict=True)) | dict(zip(_outs(outputs), outputs, strict=True))
+        with triton_interpreter.traffic(each) as moved, _banded(arrays) as args:
+            outputs = twin.outputs_of(twin.run(fn, args, options))
+    known = dict(zip(names, args, strict=True)) | dict(zip(_outs(outputs), outputs, strict=True))
     places = {name: (x.data_ptr(), tuple(x.shape), x.numel()) for name, x in known.items()}
     touches = [_placed(launch, touch, places) for launch, touch in seen]
     return Trace(outputs, tuple(touches), moved.read, moved.written)
+
+
+def guarded(fn: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+    """fn(*arrays, **options) where a store past the end of a tensor can do no harm.
+
+    The tensors that it is given are copies, and they and those it makes lie between guard bands.
+    """
+    with _banded(arrays) as args:
+        out = fn(*args, **options)
+    return out.clone() if hasattr(out, "clone") else tuple(x.clone() for x in out)
+
+
+@contextlib.contextmanager
+def _banded(arrays: Sequence[Any]) -> Iterator[list[Any]]:
+    """Copies of torch tensors between guard bands; what is made inside lies between some too."""
+    import torch
+
+    from puzzles.triton_side import _Bands
+
+    with _Bands():
+        yield [torch.empty(x.shape, dtype=x.dtype).copy_(x) for x in arrays]
 
 
 def _placed(launch: int, touch: Any, places: dict[str, tuple[int, tuple, int]]) -> Touch:
@@ -137,23 +159,24 @@ class Conflict(NamedTuple):
     lanes: int  # how many elements are contested, over all programs
 
 
-class Stray(NamedTuple):
-    """An access outside every tensor that the kernel was given."""
+class Stray(Exception):
+    """An access outside every tensor that the kernel was given, stopped before it happened."""
 
-    program: tuple[int, ...]
-    stored: bool
-    lanes: int
+    def __init__(self, program: tuple[int, ...], stored: bool, lanes: int) -> None:
+        super().__init__(f"program {program}: {lanes} lanes outside")
+        self.program, self.stored, self.lanes = program, stored, lanes
 
 
 class Watch:
     """Finds what Triton's interpreter lets pass: stray accesses, and programs that meet.
 
-    Give `each` to triton_interpreter.traffic, inside triton_interpreter.launches() as launched.
+    `each` raises Stray, which stops the kernel before a wild address does harm. Give it to
+    triton_interpreter.traffic, inside triton_interpreter.launches() as launched.
     Atomics do not come by here: they are ordered.
     """
 
     def __init__(self, launched: Sequence[Any]) -> None:
-        self.stray: Stray | None = None  # the first one
+        self.stray: Stray | None = None
         self._launched = launched
         self._seen: dict[tuple[int, bool], list[tuple[tuple[int, ...], np.ndarray]]] = {}
 
@@ -161,12 +184,12 @@ class Watch:
         at = np.unique(np.broadcast_to(touch.addresses, touch.mask.shape)[touch.mask])
         program, stored = tuple(map(int, touch.program)), bool(touch.stored)
         self._seen.setdefault((len(self._launched), stored), []).append((program, at))
-        if self.stray is None:
-            outside = np.ones(at.shape, bool)
-            for start, end in _extents(self._launched[-1].arguments.values()):
-                outside &= (at < start) | (at >= end)
-            if outside.any():
-                self.stray = Stray(program, stored, int(outside.sum()))
+        outside = np.ones(at.shape, bool)
+        for start, end in _extents(self._launched[-1].arguments.values()):
+            outside &= (at < start) | (at >= end)
+        if outside.any():
+            self.stray = Stray(program, stored, int(outside.sum()))
+            raise self.stray
 
     def conflict(self) -> Conflict | None:
         for launch, stored in sorted(self._seen):
