@@ -37,6 +37,7 @@ ENOUGH = 0.6  # of the cases must be right before constraints earn points
 SHRINK_SECONDS = 6.0
 SHRINK_TRIES = 60
 OTHERS = 3  # cases in which a known mistake is looked for, beside the first that failed
+OTHERS_SECONDS = 3.0  # after which no further one is begun
 EXPLAINED = (
     "wrong_value", "not_written", "past_the_end", "raised", "wrong_shape", "wrong_dtype"
 )  # fmt: skip
@@ -413,7 +414,10 @@ class _Run:
             if o.verdict == bad.verdict and o.case != bad.case
         ]
         alike.sort(key=lambda pair: -math.prod(pair[0].sizes.values()))
+        until = time.monotonic() + OTHERS_SECONDS
         for case, number in alike[:OTHERS]:
+            if time.monotonic() > until:
+                return
             yield case, self.verdict(case, self.arrays(case, number))[1]
 
     def diagnosis(self, case: Workload, answer: "Answer | None", *, named: bool) -> dict[str, Any]:
@@ -445,10 +449,23 @@ class _Run:
         finally:
             self.child.load(self.source)
         if found and "first_wrong" in found:
-            found["first_wrong"] |= _behind(
-                found, dict(zip(problem.outputs(case), outputs, strict=True)), answer
-            )
+            found["first_wrong"] |= self.behind(found, answer)
         return found or {}
+
+    def behind(self, found: Mapping[str, Any], answer: "Answer") -> dict[str, str]:
+        """Of the first wrong element: the inputs at the same place, and a code in hexadecimal."""
+        name, first = found["output"], found["first_wrong"]
+        at = tuple(first["index"])
+        number = max(range(len(self.cases)), key=lambda i: math.prod(self.cases[i].sizes.values()))
+        spec = self.puzzle.problem.outputs(self.cases[number])[name]
+        drawn = self.arrays(self.cases[number], number)  # where shapes are not alike by chance
+        alike = [n for n, x in drawn.items() if x.shape == tuple(spec.shape)]
+        given = [f"{n}{list(at)} is {float(answer.arrays[n][at]):.9g}" for n in alike]
+        more = {"given": ", ".join(given)}
+        if spec.dtype == "uint8":
+            more["looks"] = "" if first["looks"].endswith("times the truth") else first["looks"]
+            more["bits"] = f"0x{int(first['got']):02X} where 0x{int(first['expected']):02X} belongs"
+        return more
 
     def mutants(
         self,
@@ -467,24 +484,6 @@ class _Run:
                 wrong = made["outputs"][at]
                 if wrong.shape == outputs[at].shape:
                     yield mutant.name, mutant.says, diagnose.grid(wrong)
-
-
-def _behind(
-    found: Mapping[str, Any], outputs: Mapping[str, np.ndarray], answer: "Answer"
-) -> dict[str, str]:
-    """Of the first wrong element: the inputs at the same place, and a code in hexadecimal."""
-    output, first = outputs[found["output"]], found["first_wrong"]
-    at = tuple(first["index"])
-    given = [
-        f"{name}{list(at)} is {float(x[at]):.9g}"
-        for name, x in answer.arrays.items()
-        if x.shape == output.shape
-    ]
-    more = {"given": ", ".join(given)}
-    if output.dtype == np.uint8:
-        more["looks"] = "" if first["looks"].endswith("times the truth") else first["looks"]
-        more["bits"] = f"0x{int(first['got']):02X} where 0x{int(first['expected']):02X} belongs"
-    return more
 
 
 SMALL = 1024  # bytes of input from which the share of reads is counted
