@@ -105,8 +105,8 @@ WORKLOADS = (
     _layer("gptoss_up", 128, 32768, 2880, 2880),
     *(_layer(f"mixtral_up_{kind}", *MIXTRAL_UP) for kind in SKEWED),
     *(_layer(f"qwen3_up_{kind}", *QWEN3_UP) for kind in SKEWED),
-    *_decode("mixtral", 8, 2, 4096, 14336, 1, 8, 32, 64),
-    *_decode("dsv3", 256, 8, 7168, 2048, 1, 8, 32, 64),
+    *_decode("mixtral", 8, 2, 4096, 14336, 1, 8, 32, 64, 128),
+    *_decode("dsv3", 256, 8, 7168, 2048, 1, 8, 32, 64, 128),
 )  # fmt: skip
 
 
