@@ -188,9 +188,13 @@ def calibrated(puzzle: Puzzle, origin: Mapping[str, Any]) -> dict[str, Any]:
     if not answer["ok"]:
         raise Stop(FAILED, f"{puzzle.id}: {answer['detail']}")
     raced = Raced(**answer["raced"])
+    try:
+        tiers = {backend: tiers_of(raced, backend) for backend in puzzle.backends}
+    except ValueError as e:
+        raise Stop(FAILED, f"{puzzle.id} {e}") from None
     for name in solves:
         backend = name.removeprefix("slow_")
-        speed = raced.speed(name, tiers_of(raced, backend))
+        speed = raced.speed(name, tiers[backend])
         if speed.state != "timed":
             raise Stop(FAILED, f"{puzzle.id} {name}: {speed.state}, {speed.detail}")
         if name != backend and speed.tier == len(speed.tiers):

@@ -23,6 +23,8 @@ from puzzles import speed
 from puzzles.puzzle import Puzzle
 from puzzles.seen import POISON, Seen
 
+DEVICE = "cuda"
+
 
 class Side:
     """One language, with the names that puzzles.triton_side and puzzles.pallas_side offer."""
@@ -98,7 +100,7 @@ class Side:
         """The pool from which the next outputs of these sizes come holds what is no answer."""
         shapes = [max(1, n // 2) for n in sizes]
         if self.backend == "triton":
-            held = [torch.full((n,), POISON[2], dtype=torch.int16, device="cuda") for n in shapes]
+            held = [torch.full((n,), POISON[2], dtype=torch.int16, device=DEVICE) for n in shapes]
         else:
             import jax
 
@@ -126,7 +128,7 @@ def race(
     """
     tracer.needs_gpu()
     case, of = puzzle.spec.SPEED, puzzle.baseline
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
 
     def draw() -> tuple[Sequence[Any], Sequence[Any]]:
         inputs = of.draw(case, generator)
@@ -207,5 +209,5 @@ def mistake(puzzle: Puzzle, inputs: Sequence[Any], outputs: tuple[Any, ...]) -> 
             terms = puzzle.problem.reduction(case, name)
             found = judge(name, y, r, m, spec, family=puzzle.problem.family, terms=terms)
         if not found.ok:
-            return found.detail
+            return found.detail.replace(" on whole numbers", "").replace(" exactly", "")
     return ""

@@ -43,6 +43,7 @@ def cold(
     of the call's framework. That leaves the cache full of dirty lines of no use: evicting them
     costs the call what it saves by leaving its own last lines there. And it lasts until the host
     has launched the whole call, so that no gap between two of its kernels is the host's.
+    Before the first of them, each distinct call runs once and is not timed.
     `during` is called with the number of a call that was just launched, to read the clocks.
 
     Raises:
@@ -50,7 +51,8 @@ def cold(
     """
     needs_gpu()
     device = torch.cuda.current_device()
-    flush_of = {id(call): _flush_for(call(), device) for call in calls}
+    each = {id(call): call for call in calls}
+    flush_of = {key: _flush_for(call(), device) for key, call in each.items()}
     # A pause of the garbage collector between two launches of one call would count as its time.
     gc.collect()
     collects = gc.isenabled()

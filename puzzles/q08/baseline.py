@@ -21,9 +21,10 @@ def prepared(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
 
 def baseline(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     top = x.abs().amax(1).float()
-    scale = torch.where(top == 0, 1.0, top / 127)
-    q = torch.round(x * (127 / torch.where(top == 0, 1.0, top))[:, None]).to(torch.int8)
-    return q, scale
+    most = torch.full_like(top, 127)  # a number over a tensor would be a reciprocal and a product
+    inverse = most / torch.where(top == 0, 1.0, top)
+    q = torch.round(x * inverse[:, None]).to(torch.int8)
+    return q, torch.where(top == 0, 1.0, top / most)
 
 
 def answer(dtype: torch.dtype, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
