@@ -31,7 +31,7 @@ class Stall:
 
 
 def fresh(rng: np.random.Generator) -> list[Workload]:
-    steps, columns = primes(rng, 5, 40), primes(rng, 41, 400)
+    steps, columns = primes(rng, 5, 30), primes(rng, 41, 260)
     seeds = (int(s) for s in rng.integers(1 << 16, 1 << 31, 6))
     return [
         case("one", {"T": 1, "N": 2}, seed=next(seeds)),
