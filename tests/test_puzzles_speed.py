@@ -321,6 +321,25 @@ def test_a_baseline_answers_what_the_oracle_answers(puzzle: Puzzle):
             puzzle.spec.SPEED = timed
 
 
+def test_compiled_code_may_take_a_tie_either_way_and_no_more():
+    puzzle = load(HOME / "q08")
+    case = next(c for c in puzzle.cases(np.random.default_rng(0)) if c.name == "ties")
+    arrays = {n: d.draw(np.random.default_rng(0)) for n, d in puzzle.problem.inputs(case).items()}
+    of = puzzle.baseline
+    q, scale = (x.numpy() for x in of.baseline(torch.from_numpy(arrays["x"])))
+    exact = puzzle.unrounded(case, arrays)["q"]
+    tie = np.abs(exact - np.trunc(exact)) == 0.5
+    assert tie.any() and not tie.all()
+    other = np.where(tie, np.floor(exact) + np.ceil(exact) - q, q)
+    beside = np.where(tie, q, q + (q == 5))
+    for codes, compiled, right in (
+        (q, False, True), (q, True, True), (other, False, False), (other, True, True),
+        (beside, False, False), (beside, True, False),
+    ):  # fmt: skip
+        bad = judged(puzzle, case, arrays, [codes.astype(np.int8), scale], compiled=compiled).bad
+        assert (bad is None) == right
+
+
 @pytest.mark.parametrize("puzzle", RACED, ids=lambda p: p.id)
 def test_a_baseline_draws_what_the_puzzle_asks_for(puzzle: Puzzle):
     case = puzzle.problem.workloads[1]
