@@ -69,9 +69,13 @@ docs: venv
 	@PYTHONPATH=docs .venv/bin/python -c 'import picture, reading, tried; picture.main(); reading.main(); tried.main()'
 	@.venv/bin/parity report --readme $(ARGS)
 
+# JupyterLab asks nothing and calls nobody when it opens.
+QUIET = $(JUPYTERLAB_SETTINGS_DIR)/@jupyterlab/apputils-extension
 lab: tmp
 	@sh constraints/venv.sh checkout .venv verified.txt dev,notebooks$(CUDA)
 	@.venv/bin/python notebooks/build.py --mine
+	@mkdir -p '$(QUIET)' && echo '{"fetchNews": "false", "checkForUpdates": false}' \
+		>'$(QUIET)/notification.jupyterlab-settings'
 	@.venv/bin/jupyter lab my_lessons/01_first_tile_kernel.ipynb $(ARGS)
 
 # Pallas' machine code needs jax's CUDA compiler, but neither a GPU nor the rest of CUDA.

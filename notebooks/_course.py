@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from parity.report import NAMES, ROOT, TWINS, name_of
 OUTCOME = "application/vnd.kernel-parity.outcome+json"  # what build.py reads from an output
 DEVICE = "NVIDIA H200"  # whose committed rows are shown where there is no GPU
 SEED = 7
+QUIZ = ROOT / "notebooks" / "quiz.toml"
+WIDE = 96  # columns of what is said
 
 
 @dataclass
@@ -76,21 +79,29 @@ def predict(name: str, value: Any = ...) -> None:
     _say(f"{name}: you say {_number(value)}.")
 
 
-def reveal(name: str, truth: float, *, within: float = 0.0) -> None:
+def reveal(name: str, truth: float | None = None, *, within: float = 0.0) -> None:
     """Says the computed number, and how far the prediction was off.
 
-    within: the share of the truth that a prediction may be off and still count as right.
+    truth: without one, `name` is a question of quiz.toml, which says the right choice, and why; it
+    stays closed until there is a guess. within: the share of the truth that a prediction may be off
+    and still count as right.
     """
-    guess = _lesson.guesses.get(name)
+    guess, because = _lesson.guesses.get(name), ""
+    if truth is None:
+        asked = tomllib.loads(QUIZ.read_text())[_lesson.number][name]
+        right, because = float(asked["right"]), " " + asked["because"]
+    else:
+        right = float(truth)
     if guess is None:
         _lesson.revealed[name] = None
-        _say(f"{name}: {_number(truth)}. You had not predicted it.", {"predict": name, "ok": None})
+        open_it = f"{_number(right)}. You had not predicted it." if truth is not None else ""
+        _say(f"{name}: {open_it or 'choose first, above.'}", {"predict": name, "ok": None})
         return
-    right = abs(guess - truth) <= within * abs(truth)
-    _lesson.revealed[name] = right
-    words = "as you said" if guess == truth else "close enough" if right else "not what you said"
-    said = f"{name}: {_number(truth)}. You said {_number(guess)}: {words}."
-    _say(said, {"predict": name, "ok": right})
+    ok = abs(guess - right) <= within * abs(right)
+    _lesson.revealed[name] = ok
+    words = "as you said" if guess == right else "close enough" if ok else "not what you said"
+    said = f"{name}: {_number(right)}. You said {_number(guess)}: {words}.{because}"
+    _say(said, {"predict": name, "ok": ok})
 
 
 # Real kernels, side by side
@@ -106,16 +117,20 @@ def twins(stem: str, function: str, stage: int | None = None, part: str = "kerne
         path = ROOT / f"{twin}_kernels" / f"{stem}.py"
         cuts[twin] = (path.relative_to(ROOT).as_posix(), *cut(path.read_text(), function, stage))
     title = f"{stem}: {part}" + (f", stage {stage}" if stage is not None else "")
-    cells = "".join(
-        f'<td style="vertical-align:top;text-align:left"><b>{NAMES[twin]}</b> '
-        f"{file}, from line {line}<pre>{html.escape(code)}</pre></td>"
+    # Two columns where there is room; a code host that strips styles stacks them.
+    blocks = "".join(
+        f'<div style="min-width:0"><b>{NAMES[twin]}</b> {file}, from line {line}'
+        f'<pre style="font-size:80%;white-space:pre;overflow-x:auto">{html.escape(code)}</pre>'
+        "</div>"
         for twin, (file, line, code) in cuts.items()
     )
+    columns = "display:grid;gap:1em;grid-template-columns:repeat(auto-fit,minmax(26em,1fr))"
     text = "\n\n".join(
         f"{NAMES[twin]}, {file}, from line {line}:\n{code}"
         for twin, (file, line, code) in cuts.items()
     )
-    _display({"text/html": f"<table><tr>{cells}</tr></table>", "text/plain": f"{title}\n{text}"})
+    page = f'<div style="{columns}">{blocks}</div>'
+    _display({"text/html": page, "text/plain": f"{title}\n{text}"})
 
 
 def cut(source: str, function: str, stage: int | None = None) -> tuple[int, str]:
@@ -361,8 +376,9 @@ def _told(c: Any, fn: Callable, problem: Any, work: Any) -> str:
             language.run(fn, [language.native(x) for x in arrays.values()], dict(work.options))
         except Exception as error:
             return _traced(error)
-    told = c.diagnosis or {}
-    return ". ".join(filter(None, (c.detail, told.get("because") or told.get("where"))))
+    told, detail = c.diagnosis or {}, c.detail.removeprefix("DataRace: RACE: ")
+    detail = re.sub(r"\b\d{5,}\.py:(\d+)", r"line \1 of its cell", detail)  # IPython's own name
+    return "; ".join(filter(None, (detail, told.get("because") or told.get("where"))))
 
 
 def _traced(error: BaseException) -> str:
@@ -370,7 +386,6 @@ def _traced(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     first = next(iter(str(error).strip().splitlines()), "")
-    first = re.sub(r"\b\d{5,}\.py:(\d+)", r"line \1 of your cell", first)  # IPython numbers cells
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "ipykernel" in frame.filename or "ipython-input" in frame.filename:
             return f"{type(error).__name__}: {first}; at `{(frame.line or '').strip()}`"
@@ -467,7 +482,7 @@ def end() -> None:
         f"Lesson {_lesson.number}: {sum(guessed)} of {len(_lesson.revealed)} predictions right, "
         f"{sum(_lesson.checks.values())} of {len(_lesson.checks)} exercises solved."
     ]
-    lines += [f"  open: {name}" for name, ok in _lesson.checks.items() if not ok]
+    lines += [f"Open: {name}" for name, ok in _lesson.checks.items() if not ok]
     _say("\n".join(lines))
 
 
@@ -478,6 +493,8 @@ def _number(x: Any) -> str:
 
 
 def _say(text: str, outcome: Mapping[str, Any] | None = None) -> None:
+    lines = (textwrap.wrap(line, WIDE, subsequent_indent="  ") or [""] for line in text.split("\n"))
+    text = "\n".join(part for line in lines for part in line)
     data: dict[str, Any] = {"text/plain": text}
     if outcome is not None:
         data[OUTCOME] = json.loads(json.dumps(outcome))

@@ -21,7 +21,6 @@ WRONG = [
     for number in LESSONS
     for wrong in tomllib.loads((PLANTED / f"{number}.toml").read_text())["wrong"]
 ]
-HEADINGS = ("## In five lines",)
 
 
 @pytest.mark.parametrize("number", LESSONS)
@@ -41,6 +40,8 @@ def test_a_lesson_says_what_it_is_for(number: str):
         set(re.findall(rf'course\.{call}\("(\w+)"', code)) for call in ("predict", "reveal")
     )
     assert predicted == revealed
+    closed = set(re.findall(r'course\.reveal\("(\w+)"\)', code))
+    assert closed == set(tomllib.loads(course.QUIZ.read_text())[number])
 
 
 @pytest.mark.parametrize("number", LESSONS)
