@@ -61,6 +61,8 @@ from .moe_gemm_dw import (
 )
 from .moe_gemm_fusions import (
     ALIGN,
+    EXPERT_START,
+    EXPERT_STOP,
     LIVE,
     PAIR_LAYOUT,
     PARAMS,
@@ -83,7 +85,6 @@ from .moe_gemm_fusions import (
 )
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-EXPERTS = 8  # whose sizes are on their way together, when the plan is made
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,10 @@ def default_config(M: int, N: int, K: int, E: int, dtype: Any, dw: bool = False)
 
 
 def _moe_gemm_plan_kernel(
-    sizes_gmem: Any,  # [E, up to a multiple of 8 with zeros]
+    sizes_gmem: Any,  # [E]
     plan_gmem: Any,  # [9, a multiple of 128]
+    scan_smem: Any,  # [2 * 128]: zeros, and then what is summed
+    table_smem: Any,  # [3, a multiple of 128]: each expert's first tile, and where its rows are
     *,
     M: int,
     block_m: int,
@@ -174,51 +177,90 @@ def _moe_gemm_plan_kernel(
     group_m: int,
 ) -> None:
     # --- 1. which tile
-    first = lax.axis_index("chunk") * _lib.WARPGROUP
-    layout = plgpu.Layout.WG_STRIDED((_lib.WARPGROUP,), 1)
-    index = first + plgpu.broadcasted_iota(jnp.int32, (_lib.WARPGROUP,), 0, layout=layout)
+    chunk, width = lax.axis_index("chunk"), _lib.WARPGROUP
+    layout = plgpu.Layout.WG_STRIDED((width,), 1)
+    lane = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
+    index, E = chunk * width + lane, sizes_gmem.shape[0]
+    none = plgpu.layout_cast(jnp.zeros((width,), jnp.int32), layout)
 
     def row_tiles(start: Any, stop: Any) -> Any:
-        return lax.div(stop - lax.div(start, ALIGN) * ALIGN + block_m - 1, block_m)
+        tiles = lax.div(stop - lax.div(start, ALIGN) * ALIGN + block_m - 1, block_m)
+        return jnp.where(stop > start, tiles, 0)
+
+    def shifted(values: Any, by: Any) -> Any:
+        """The values `by` lanes before; zeros from before the first one."""
+        scan_smem[pl.ds(width, width)] = values
+        return plgpu.load(scan_smem.at[pl.ds(width - by, width)], layout=layout)
+
+    def sums_before(values: Any, most: int) -> Any:
+        """Of all lanes before each, at most `most`: twice as many in each step."""
+
+        def step(i: Any, sums: Any) -> Any:
+            return jnp.minimum(sums + shifted(sums, lax.shift_left(1, i)), most)
+
+        return lax.fori_loop(0, width.bit_length() - 1, step, shifted(values, 1))
+
+    def sizes(c: Any) -> Any:
+        """Of 128 experts; zeros for those that do not exist."""
+        if E % width == 0:
+            return plgpu.load(sizes_gmem.at[pl.ds(c * width, width)], layout=layout)
+
+        def one(e: Any, found: Any) -> Any:
+            return jnp.where(lane == e - c * width, sizes_gmem[e], found)
+
+        return lax.fori_loop(c * width, jnp.minimum((c + 1) * width, E), one, none)
 
     # --- 2. main loop
-    def expert(e: Any, carry: Any) -> Any:
-        start, tiles, rows = carry
-        # Negative sizes count as 0, and what is beyond M rows is cut off: no tile leaves x or y.
-        stop = start + jnp.clip(sizes_gmem[e], 0, M - start)
-        more = jnp.where(stop > start, row_tiles(start, stop) * num_n, 0)
-        here = (index >= tiles) & (index < tiles + more)
-        mine = [
-            jnp.where(here, new, old)
-            for new, old in zip((e, tiles, start, stop), rows[:4], strict=True)
-        ]
-        own = [
-            jnp.where(index == e, new, old)
-            for new, old in zip((start, stop), rows[4:], strict=True)
-        ]
-        return stop, tiles + more, [*mine, *own]
+    scan_smem[pl.ds(0, width)] = none
 
-    none = plgpu.layout_cast(jnp.zeros((_lib.WARPGROUP,), jnp.int32), layout)
+    def experts(c: Any, carry: Any) -> Any:
+        live, tiles = carry
+        here = pl.ds(c * width, width)
+        # Negative sizes count as 0, and what is beyond M rows is cut off: no tile leaves x or y.
+        size = jnp.clip(sizes(c), 0, M)
+        start = jnp.minimum(live + sums_before(size, M), M)
+        stop = jnp.minimum(start + size, M)
+        more = row_tiles(start, stop) * num_n
+        first = tiles + sums_before(more, plan_gmem.shape[1])
+        for i, values in enumerate((first, start, stop)):
+            table_smem[i, here] = values
+
+        @pl.when(c == chunk)
+        def _own() -> None:
+            plan_gmem[EXPERT_START, here] = start
+            plan_gmem[EXPERT_STOP, here] = stop
+
+        shifted(first + more, 0)
+        return table_smem[2, c * width + width - 1], scan_smem[2 * width - 1]
+
+    def expert(e: Any, found: Any) -> Any:
+        first = table_smem[0, e]
+        values = (e, first, table_smem[1, e], table_smem[2, e])
+        # The last one that begins before a tile has it: experts without rows begin with the next.
+        return [jnp.where(index >= first, *pair) for pair in zip(values, found, strict=True)]
+
     zero = jnp.int32(0)
-    carry = (zero, zero, [none] * 6)
-    live, tiles, rows = lax.fori_loop(0, sizes_gmem.shape[0], expert, carry, unroll=EXPERTS)
+    live, tiles = lax.fori_loop(0, _lib.cdiv(E, width), experts, (zero, zero))
+    e, first, start, stop = lax.fori_loop(0, E, expert, [none] * 4)
 
     # --- 3. epilogue
     # An expert's row tiles in groups of one height: they and a few tiles of columns are computed
     # side by side, and share their operands.
-    e, before, start, stop, *own = rows
     num_m = jnp.maximum(row_tiles(start, stop), 1)
     height = lax.div(num_m - 1, lax.div(num_m + group_m - 1, group_m)) + 1
-    within = index - before
+    within = index - first
     top = lax.div(within, height * num_n) * height
     within -= top * num_n
     height = jnp.maximum(jnp.minimum(num_m - top, height), 1)
     row = lax.div(start, ALIGN) * ALIGN + (top + lax.rem(within, height)) * block_m
 
     # --- 4. store
-    found = (e, row, start, stop, lax.div(within, height), *own, none + tiles, none + live)
-    for i, values in enumerate(found):
-        plan_gmem[i, pl.ds(first, _lib.WARPGROUP)] = values
+    here = pl.ds(chunk * width, width)
+    for i, values in (
+        (TILE_EXPERT, e), (TILE_ROW, row), (TILE_START, start), (TILE_STOP, stop),
+        (TILE_COLUMN, lax.div(within, height)), (TILES, none + tiles), (LIVE, none + live),
+    ):  # fmt: skip
+        plan_gmem[i, here] = values
 
 
 def _plan(sizes: jax.Array, M: int, block_m: int, num_n: int, group_m: int) -> jax.Array:
@@ -231,10 +273,14 @@ def _plan(sizes: jax.Array, M: int, block_m: int, num_n: int, group_m: int) -> j
             _moe_gemm_plan_kernel, M=M, block_m=block_m, num_n=num_n, group_m=group_m
         ),
         out_type=jax.ShapeDtypeStruct((9, chunks * _lib.WARPGROUP), jnp.int32),
+        scratch_types=[
+            plgpu.SMEM((2 * _lib.WARPGROUP,), jnp.int32),
+            plgpu.SMEM((3, _lib.cdiv(E, _lib.WARPGROUP) * _lib.WARPGROUP), jnp.int32),
+        ],
         grid=(chunks,),
         grid_names=("chunk",),
         kernel_name="moe_gemm_plan_kernel",
-    )(_lib.pad(sizes, EXPERTS))
+    )(sizes)
 
 
 def _plan_for(sizes: jax.Array, M: int, N: int, config: Config) -> jax.Array:
@@ -370,6 +416,7 @@ def _moe_gemm_kernel(
                     w_smem.at[slot],
                     full.at[slot],
                 )
+                plgpu.commit_smem()  # a barrier: no warp may fall a whole turn of the ring behind
 
         # A barrier may not go away, nor a neighbour's arrival come, after its block has ended.
         for slot in range(stages):
@@ -423,7 +470,7 @@ def _moe_gemm_kernel(
                             h = with_bias(h, bias_gmem, e, n + j)
                         if h_smem is not None:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                            h_smem.at[wg, 0][...] = h.astype(h_gmem.dtype)
+                            h_smem.at[wg, 0][...] = h.astype(h_smem.dtype)
                             plgpu.commit_smem()
                             _store_rows(h_smem.at[wg], h_gmem, m + i, [n + j], *live)
                         yield j, h
@@ -499,8 +546,8 @@ def _product(
     if activation:
         more.append(pair_smem(config.warpgroups))
     reserved = sum(smem.inner_aval.size * smem.inner_aval.dtype.itemsize for smem in more)
-    tile_w = (config.block_k, config.block_n)
-    tiles = ((config.block_m, config.block_k), tile_w[::-1] if transpose_w else tile_w)
+    k, n = config.block_k, config.block_n
+    tiles = ((config.block_m, k), (n, k) if transpose_w else (k, n))
     scratch = ring(config, tiles, x.dtype, out_dtype, config.block_n // halved, reserved)
     arrays = [_lib.pad(x, ALIGN, 64), _lib.pad(w, 8, 64), plan]
     if bias is not None:
@@ -547,7 +594,7 @@ def grouped_gemm_check(
             )
     if 0 in (sizes.shape[0], M):
         return
-    found = wrong_ones(sizes, rows, T)
+    found = wrong_ones(sizes, rows, T or 1)
     bad_size, total, bad_row = (int(value) for value in found[:3])
     if bad_size < sizes.shape[0]:
         raise ValueError(f"sizes: expected >= 0, got {int(sizes[bad_size])} for expert {bad_size}")

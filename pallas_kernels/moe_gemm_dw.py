@@ -140,6 +140,7 @@ def _moe_gemm_dw_kernel(
                     full.at[slot],
                     collective_axes="cluster" if cluster > 1 else None,
                 )
+                plgpu.commit_smem()  # a barrier: no warp may fall a whole turn of the ring behind
 
         # A barrier may not go away, nor a neighbour's arrival come, after its block has ended.
         for slot in range(stages):

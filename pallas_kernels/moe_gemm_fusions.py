@@ -420,12 +420,12 @@ def gather_bwd(dxr: jax.Array, rows: jax.Array, plan: jax.Array, T: int, K: int)
     return dx[:, :K]
 
 
-def wrong_ones(sizes: jax.Array, rows: jax.Array | None, T: int | None) -> jax.Array:
+def wrong_ones(sizes: jax.Array, rows: jax.Array | None, T: int) -> jax.Array:
     """[first expert of negative size, sum of sizes, first live row whose index x does not have], at
     the front of a longer array; 2^31 - 1 where all are right."""
     none = jnp.zeros(_lib.WARPGROUP, jnp.int32)
     return plgpu.kernel(
-        functools.partial(_moe_gemm_check_kernel, T=1 if rows is None else T),
+        functools.partial(_moe_gemm_check_kernel, T=T),
         out_type=jax.ShapeDtypeStruct((_lib.WARPGROUP,), jnp.int32),
         grid=(1,),
         grid_names=("block",),
