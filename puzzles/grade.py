@@ -438,7 +438,8 @@ class _Run:
                 return
             made = list(self.mutants(answer.arrays, case.options, at, outputs))
             for name, says, wrong in made:
-                if sum(np.array_equal(wrong, other, equal_nan=True) for _, _, other in made) == 1:
+                alike = [n for n, _, w in made if np.array_equal(w, wrong, equal_nan=True)]
+                if len(alike) == 1 or self.right_elsewhere(alike) == [name]:
                     yield name, says, wrong
 
         try:
@@ -451,6 +452,22 @@ class _Run:
         if found and "first_wrong" in found:
             found["first_wrong"] |= self.behind(found, answer)
         return found or {}
+
+    def right_elsewhere(self, names: list[str]) -> list[str]:
+        """Those of some mutants that are right in the largest case in which the learner is."""
+        right = [i for i, o in enumerate(self.outcomes[: len(self.cases)]) if o.ok]
+        if not right:
+            return names
+        number = max(right, key=lambda i: math.prod(self.cases[i].sizes.values()))
+        case, arrays = self.cases[number], self.arrays(self.cases[number], number)
+        kept = []
+        for mutant in self.puzzle.mutants:
+            if mutant.name in names:
+                self.child.load(mutant.source(self.puzzle, self.backend), other=True)
+                made = self.child.call(arrays, case.options, ())
+                if made["ok"] and judged(self.puzzle, case, arrays, made["outputs"]).bad is None:
+                    kept.append(mutant.name)
+        return kept
 
     def behind(self, found: Mapping[str, Any], answer: "Answer") -> dict[str, str]:
         """Of the first wrong element: the inputs at the same place, and a code in hexadecimal."""

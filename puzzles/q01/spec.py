@@ -19,7 +19,7 @@ EXACT = ("q",)
 
 
 def fresh(rng: np.random.Generator) -> list[Workload]:
-    short, middle, long = primes(rng, 3, 60), primes(rng, 60, 1000), primes(rng, 1030, 4000)
+    short, middle, long = primes(rng, 23, 60), primes(rng, 60, 1000), primes(rng, 1030, 4000)
     return [
         case("one", {"N": 1}),
         case("short", {"N": next(short)}, content="ties"),

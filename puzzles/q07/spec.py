@@ -61,7 +61,7 @@ class Blocks:
 
 
 def fresh(rng: np.random.Generator) -> list[Workload]:
-    few, more = primes(rng, 2, 40), primes(rng, 41, 200)
+    few, more = primes(rng, 3, 40), primes(rng, 41, 200)
     return [
         case("codes_e2m1", {"N": next(more)}, content="codes", fmt="e2m1"),
         case("codes_e5m2", {"N": next(more)}, content="codes", fmt="e5m2"),
