@@ -156,7 +156,7 @@ def test_with_any_tiles(config):
 
 @pytest.mark.parametrize(
     ("E", "M", "block_m", "num_n", "group_m"),
-    [(3, 16, 16, 1, 1), (130, 3000, 64, 3, 4)],
+    [(3, 16, 16, 1, 1), (130, 300, 16, 2, 3)],
 )
 def test_the_plan_has_every_tile_once(E, M, block_m, num_n, group_m):
     # Some experts without rows; then a negative size, and one that is cut off.
