@@ -27,10 +27,8 @@ def fresh(rng: np.random.Generator) -> list[Workload]:
 
     return [
         case("one", {"P": 1}),
-        case("short", bytes_of(2, 32)),
         case("zeros", bytes_of(33, 200), content="zeros"),
         case("outlier", bytes_of(300, 3000), content="outlier"),
-        case("rows", bytes_of(32 * 256, 32 * 512), content="rows"),
         case("long", bytes_of(32 * 512, 32 * 700), content="rows"),
     ]
 

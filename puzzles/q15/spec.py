@@ -23,11 +23,11 @@ SPEED = case("16 x 28672 x 8192", {"M": 16, "N": 28672, "G": 64})
 
 
 def fresh(rng: np.random.Generator) -> list[Workload]:
-    tokens, rows = primes(rng, 2, 16), primes(rng, 18, 150)
+    tokens, rows = primes(rng, 2, 16), primes(rng, 19, 128)
     return [
         case("positive", {"M": next(tokens), "N": next(rows), "G": 1}, content="positive"),
         case("zeros", {"M": next(tokens), "N": next(rows), "G": 1}, content="zeros"),
-        case("long", {"M": next(tokens), "N": next(rows), "G": 17}),
+        case("long", {"M": next(tokens), "N": 18, "G": 17}),
         case("outlier", {"M": next(tokens), "N": next(rows), "G": 4}, content="outlier"),
         case("rows", {"M": 16, "N": next(rows), "G": 3}, content="rows"),
         case("sixty_four", {"M": 64, "N": next(rows), "G": 2}, content="columns"),
