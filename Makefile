@@ -76,7 +76,7 @@ lab: tmp
 	@.venv/bin/python notebooks/build.py --mine
 	@mkdir -p '$(QUIET)' && echo '{"fetchNews": "false", "checkForUpdates": false}' \
 		>'$(QUIET)/notification.jupyterlab-settings'
-	@.venv/bin/jupyter lab my_lessons/01_first_tile_kernel.ipynb $(ARGS)
+	@.venv/bin/jupyter lab --notebook-dir=. my_lessons/01_first_tile_kernel.ipynb $(ARGS)
 
 # Pallas' machine code needs jax's CUDA compiler, but neither a GPU nor the rest of CUDA.
 sass: venv

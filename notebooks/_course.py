@@ -251,7 +251,8 @@ def _measured_here(stem: str, workload: str, which: str) -> dict[str, Row]:
     out = ROOT / ".cache" / "lessons" / f"{stem}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "parity.cli", "bench", stem, "-w", f"{stem}/{workload}",
+    start = "import sys; from parity.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, "bench", stem, "-w", f"{stem}/{workload}",
                "--pass", which, "--out", str(out)]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "JAX_PLATFORMS")}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

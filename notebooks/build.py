@@ -237,7 +237,7 @@ def refresh(built: Path, mine: Path) -> str:
     answers = {
         c.id: c.source
         for c in old.cells
-        if "given" in c.metadata and fingerprint(c.source) != c.metadata["given"]
+        if "answer" in c.metadata and fingerprint(c.source) != c.metadata.get("given")
     }
     known = {c.id for c in fresh.cells}
     theirs = re.compile(rf"{fresh.metadata['lesson']}-\d\d")
@@ -247,7 +247,7 @@ def refresh(built: Path, mine: Path) -> str:
     for cell in old.cells:
         lost = cell.id in answers  # an answer to what the lesson no longer asks
         if cell.id in known or (
-            not lost and ("given" in cell.metadata or theirs.fullmatch(cell.id))
+            not lost and ("answer" in cell.metadata or theirs.fullmatch(cell.id))
         ):
             behind = cell.id if cell.id in known else behind
             continue

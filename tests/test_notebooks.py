@@ -202,3 +202,86 @@ def test_both_languages_are_metered_alike(tmp_path: Path):
         assert {t.array for t in seen.touches} == {"x", "y", "out"}
         stored = sum(int(t.live.sum()) for t in seen.touches if t.stored)
         assert stored == 19 * 264
+
+
+def test_a_stray_access_is_stopped_before_it_happens(tmp_path: Path):
+    from notebooks._tracer import Stray, Watch
+    from parity.frameworks import triton_interpreter
+
+    edits = {"triton": [["mask=n < N)\n\n\ndef", "mask=n >= 0)\n\n\ndef"]]}
+    module = answers("02", "add_one", edits, tmp_path)
+    memory = module.torch.zeros(64)
+    with triton_interpreter.launches() as launched:
+        watch = Watch(launched)
+        with triton_interpreter.traffic(watch.each), pytest.raises(Exception) as raised:
+            module._add_one_kernel[(1,)](memory[:5], memory[8:13], 5, 64)
+    assert isinstance(raised.value.__cause__, Stray)
+    assert watch.stray is not None and watch.stray.stored and watch.stray.lanes == 59
+    assert not memory.any()
+
+
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What _course displays from now on."""
+    outputs: list[dict] = []
+    monkeypatch.setattr(course, "_display", outputs.append)
+    monkeypatch.setattr(course, "_lesson", course._Lesson("01"))
+    return outputs
+
+
+def test_a_prediction_is_compared_and_a_question_stays_closed(monkeypatch: pytest.MonkeyPatch):
+    said = shown(monkeypatch)
+    course.predict("bytes", 980)
+    course.reveal("bytes", 1000, within=0.02)
+    course.reveal("A")
+    course.predict("A", 1)
+    course.reveal("A")
+    course.end()
+    words = [data["text/plain"] for data in said]
+    assert "close enough" in words[1]
+    assert words[2] == "A: choose first, above."
+    assert "not what you said" in words[4] and "rows 16, 17 and 18" in words[4]
+    assert "1 of 2 predictions" in words[5]
+    assert [data[course.OUTCOME]["ok"] for data in said if course.OUTCOME in data] == [
+        True, None, False
+    ]  # fmt: skip
+    with pytest.raises(TypeError, match="bytes"):
+        course.predict("bytes", "many")
+
+
+def test_a_recorded_row_is_shown_with_its_stamp(monkeypatch: pytest.MonkeyPatch):
+    said = shown(monkeypatch)
+    monkeypatch.setenv("LESSON_BUILD", "1")
+    course.measured("softmax", "softmax_16384x4096")
+    row = course.rows("softmax", "softmax_16384x4096")["triton"]
+    assert f"{row['us']['p50']:.4g}" in said[0]["text/html"]
+    for part in (row["device"], row["commit"][:7], row["when"][:10], row["versions"]["driver"]):
+        assert part in said[0]["text/plain"]
+    with pytest.raises(ValueError, match="no record"):
+        course.rows("softmax", "softmax_of_nothing")
+
+
+def test_pictures_describe_themselves_and_are_small(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from notebooks import _pictures as pictures
+    from notebooks._tracer import trace
+
+    said = shown(monkeypatch)
+    monkeypatch.setenv("LESSON_BUILD", "1")
+
+    def copy(x):  # no kernel: nobody stores anything
+        return x
+
+    with pytest.raises(ValueError, match="nobody stores"):
+        pictures.ownership({"nobody": trace(copy, torch.zeros(3))})
+    course.show(pictures.traffic({"unfused": (4096, 2048), "fused": (2048, 1024)}, (2048, 1024)))
+    course.slider(
+        lambda at: pictures.roofline({"softmax": 1.25}, 4000, 800, "a GPU", at),
+        [1, 10, 100, 1000], 10, "FLOP per byte",
+    )  # fmt: skip
+    drawn = [data["text/html"] for data in said if "text/html" in data]
+    assert len(drawn) == 4  # one, and three positions of the slider
+    assert "unfused reads 4,096 and writes 2,048 bytes" in drawn[0]
+    assert "which it reaches at 200 FLOP per byte" in drawn[1]
+    for page in drawn:
+        assert page.startswith('<img alt="') and len(page) < build.PICTURE

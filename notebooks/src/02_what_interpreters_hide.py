@@ -73,7 +73,8 @@ course.show(pictures.truth_table(probes.table(), probes.COLUMNS, "Who sees what"
 # adds to Triton what is missing: `course.check` puts guard bands of poison around every array,
 # and notes which program touches which address.
 #
-# Now four kernels, each with one bug. Run each, see that nothing seems wrong, then fix it.
+# Now four kernels, each with one bug. Run each as it stands, see that nothing seems wrong, and
+# read what the check says. Then fix it, and run the cell and the check again.
 #
 # ## 3. Bug A, Triton: past the end
 #
@@ -107,8 +108,8 @@ print(guarded(add_one_triton, torch.zeros(5)))
 course.check("add_one", triton=add_one_triton)
 
 # %% [markdown]
-# `[1, 1, 1, 1, 1]` is right. But 59 lanes stored to memory that is not the output's. On a GPU
-# that is some other tensor of your model, which is now slightly wrong.
+# `[1, 1, 1, 1, 1]` was right before your fix, too. But 59 lanes stored to memory that is not the
+# output's. On a GPU that is some other tensor of your model, which is now slightly wrong.
 #
 # ## 4. Bug B, Triton: bfloat16
 #
@@ -185,9 +186,9 @@ print(bool((double_pallas(x) == 2 * x).all()))
 course.check("double", pallas=double_pallas)
 
 # %% [markdown]
-# `True`, and yet a race: in the interpreter the copy happens to be finished in time. The detector
-# does not look at the values. It asks of every two accesses to the same memory whether something,
-# a barrier for example, puts one before the other.
+# `True` even without the wait: in the interpreter the copy happens to be finished in time. The
+# race detector does not look at values. It asks of every two accesses to the same memory whether
+# something, a barrier for example, puts one before the other.
 #
 # ## 6. Bug D, Triton: programs that count on their order
 #
@@ -197,8 +198,8 @@ course.check("double", pallas=double_pallas)
 # ### Predict
 #
 # On a GPU they run at once. Say 5 programs share a row of 300 ones. All of them load `out`, which
-# is 0; then all of them add their part and store. The last one to store has 300 - 4 * 64 = 44
-# columns. What is the sum of this row?
+# is 0; then all of them add their part and store, the one with the last columns last. What is in
+# `out`?
 
 # %% answer="guess_sum"
 course.predict("sum", 44)
@@ -246,8 +247,8 @@ print(guarded(row_sums_triton, torch.ones(2, 300)))
 course.check("row_sums", triton=row_sums_triton)
 
 # %% [markdown]
-# `[300, 300]`, in this order of programs. The check saw that two programs load and store the same
-# element. The Pallas interpreter finds the same mistake by itself:
+# `[300, 300]` from the start, in this order of programs. The check saw that two programs load and
+# store the same element. The Pallas interpreter finds the same mistake by itself:
 
 
 # %%
