@@ -263,9 +263,10 @@ def _moe_gemm_plan_kernel(
         plan_gmem[i, here] = values
 
 
-def _plan(sizes: jax.Array, M: int, block_m: int, num_n: int, group_m: int) -> jax.Array:
-    """The plan for tiles of block_m rows and num_n of columns, room for all that there can be."""
-    E = sizes.shape[0]
+def _plan(sizes: jax.Array, M: int, N: int, config: Config) -> jax.Array:
+    """The plan for M rows and N columns of y, with room for all tiles that there can be."""
+    E, block_m, group_m = sizes.shape[0], config.block_m, config.group_m
+    num_n = _lib.cdiv(N, config.block_n * config.cluster)
     most = (_lib.cdiv(M, block_m) + 2 * min(E, M)) * num_n  # a part at both ends of each expert
     chunks = _lib.cdiv(max(most, E), _lib.WARPGROUP)
     return plgpu.kernel(
@@ -281,11 +282,6 @@ def _plan(sizes: jax.Array, M: int, block_m: int, num_n: int, group_m: int) -> j
         grid_names=("chunk",),
         kernel_name="moe_gemm_plan_kernel",
     )(sizes)
-
-
-def _plan_for(sizes: jax.Array, M: int, N: int, config: Config) -> jax.Array:
-    num_n = _lib.cdiv(N, config.block_n * config.cluster)
-    return _plan(sizes, M, config.block_m, num_n, config.group_m)
 
 
 def _store_rows(slots: Any, y_gmem: Any, row: Any, columns: list[Any], lo: Any, hi: Any) -> None:
@@ -636,7 +632,7 @@ def _forward(
             f"config: expected a block_n of 128 columns or a multiple under swiglu, "
             f"got {config.block_n}"
         )
-    plan = _plan_for(sizes, M, N, config)
+    plan = _plan(sizes, M, N, config)
     y, *h = _product(
         gathered(x, rows, plan),
         w,
@@ -707,7 +703,7 @@ def grouped_gemm_bwd(
         return tuple(jnp.zeros(array.shape, array.dtype) for array in given)
     of_dx = config or default_config(M, K, N, E, x.dtype)
     of_dw = config or default_config(M, *((K, N) if transpose_w else (N, K)), E, x.dtype, dw=True)
-    plan = _plan_for(sizes, M, K, of_dx)
+    plan = _plan(sizes, M, K, of_dx)
     dh, drow_scale = dy, []
     if h is not None:
         dh, *drow_scale = epilogue_bwd(h, dy, row_scale, plan, activation)
@@ -755,7 +751,7 @@ def grouped_gemm_dw(
     if 0 in (M, N, K, E):
         return jnp.zeros((E, K, N), out_dtype)
     config = config or default_config(M, N, K, E, x.dtype, dw=True)
-    plan = _plan(sizes, M, M, 1, 1)
+    plan = _plan(sizes, M, N, config)
     return _lib.vary_alike(product_dw(x, dy, plan, out_dtype, config, E, K, N), x)[0]
 
 
