@@ -5,7 +5,10 @@ The fake device knows what tracer.cold knows: which call ran which kernels, on w
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -556,3 +559,19 @@ def test_without_a_gpu_speed_is_locked_and_nothing_is_lost(
     assert main(["list", "--json"]) == 0
     row = next(r for r in json.loads(capsys.readouterr().out)["puzzles"] if r["id"] == "q08")
     assert (row["best"], row["within_reach"], row["all"]) == (14, 14, 18)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled puzzles want a GPU")
+@pytest.mark.timeout(600)
+def test_solutions_compiled_and_cheats_in_a_real_race():
+    folder = Path(__file__).parent
+    cpu_mode = ("TRITON_INTERPRET", "JAX_PLATFORMS")
+    env = {k: v for k, v in os.environ.items() if k not in cpu_mode}
+    done = subprocess.run(
+        [sys.executable, str(folder / "puzzles_on_gpu.py")],
+        env=env | {"PYTHONPATH": str(folder.parent)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert {*seen["solutions"].values()} == {"pass"}
+    assert seen["cheats"].pop("honest") in ("timed", "uncalibrated")
+    assert not {"timed", "uncalibrated"} & {*seen["cheats"].values()}
