@@ -154,7 +154,7 @@ def test_with_any_tiles(config):
     _close(jax.jit(lambda *g: grouped_gemm_dw(*g, config=config))(x, dy, sizes), dw)
 
 
-@pytest.mark.parametrize(("E", "M", "num_n", "group_m"), [(3, 400, 3, 2), (130, 300, 2, 1)])
+@pytest.mark.parametrize(("E", "M", "num_n", "group_m"), [(3, 400, 3, 2), (130, 20, 2, 1)])
 def test_the_plan_has_every_tile_once(E, M, num_n, group_m):
     config = Config(block_m=64, block_n=64, group_m=group_m, warpgroups=1)
     # Some experts without rows; then a negative size, and one that is cut off.
