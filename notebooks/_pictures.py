@@ -155,7 +155,7 @@ def traffic(bars: Mapping[str, tuple[int, int]], least: tuple[int, int] | None =
     sheet = Sheet("traffic", head + row * len(bars), left=92, right=12, top=2, bottom=28)
     axes = sheet.axes
     end = max([sum(pair) for pair in bars.values()] + ([sum(least)] if least else []))
-    unit, name = next((u, n) for u, n in ((1 << 20, "MB"), (1 << 10, "KB"), (1, "bytes"))
+    unit, name = next((u, n) for u, n in ((10**6, "MB"), (10**3, "kB"), (1, "bytes"))
                       if end >= 10 * u or u == 1)  # fmt: skip
     axes.set_xlim(0, 1.05 * end / unit)
     axes.set_ylim(head + row * len(bars), 0)
@@ -217,7 +217,9 @@ def roofline(
     said = []
     for k, (label, intensity) in enumerate(dots.items()):
         axes.plot([intensity], [roof(intensity)], "o", color=INK["triton"], markersize=5)
-        sheet.words(intensity * 1.15, roof(intensity) / (1.35 if k % 2 else 1.8), label, size=SMALL)
+        side = ("right", 1 / 1.15) if intensity > high / 10 else ("left", 1.15)
+        below = roof(intensity) / (1.5 if k % 2 else 1.9)
+        sheet.words(intensity * side[1], below, label, size=SMALL, ha=side[0])
         bound = "memory" if intensity < ridge else "arithmetic"
         said.append(f"{label} at {intensity:.3g} FLOP per byte: {bound} is the limit")
     if at:
@@ -267,3 +269,72 @@ def truth_table(
     if note:
         sheet.words(0, height - 7, note, size=SMALL, color=INK["faint"])
     return sheet.picture(title, "; ".join(said) + ".")
+
+
+# Softmax, block by block
+
+
+def running_softmax(row: np.ndarray, block: int, seen: int) -> Picture:
+    """The state of online softmax, (top, total), after each of the first `seen` blocks of a row.
+
+    row: float32 [n], finite. Blocks that are still to come are faint. A sum that overflows without
+    top is red, and says so.
+    """
+    blocks = np.split(row, range(block, len(row), block))
+    left, high, line = 82.0, 84.0, 15.0
+    head, foot = 13.0, 5 * line
+    sheet = diagram("running", head + high + foot)
+    wide = (sheet.width - left) / len(blocks)
+    low, top = float(row.min()) - 4, float(row.max()) + 4
+
+    def y(value: float) -> float:
+        return head + high * (top - value) / (top - low)
+
+    labels = ("top", "old total times", "total", "sum of exp(x)")
+    base = head + high + line
+    for k, label in enumerate(labels):
+        sheet.words(0, base + line * (k + 0.5), label, size=SMALL)
+    sheet.words(0, head + high / 2, "logits", size=SMALL)
+    for value in (row.min(), row.max()):
+        sheet.words(left - 5, y(float(value)), f"{value:.0f}", size=SMALL, ha="right")
+    largest, total, said = -math.inf, np.float32(0), []
+    naive = np.float32(0)
+    steps = []
+    for b, part in enumerate(blocks):
+        here, x0 = b < seen, left + b * wide
+        box(sheet, x0 + 1, head, wide - 2, high, facecolor=INK["shade" if here else "paper"])
+        at = [x0 + wide * (i + 0.5) / len(part) for i in range(len(part))]
+        how = {"color": INK["triton"]} if here else {"color": INK["line"]}
+        sheet.axes.plot(at, [y(float(v)) for v in part], "o", markersize=3.4, **how)
+        middle = x0 + wide / 2
+        sheet.words(middle, head / 2, f"block {b + 1}", size=SMALL, ha="center",
+                    color=INK["ink" if here else "faint"])  # fmt: skip
+        if not here:
+            continue
+        new = max(largest, float(part.max()))
+        factor = math.exp(largest - new)
+        with np.errstate(over="ignore"):
+            naive = naive + np.exp(part).sum()
+        total = np.float32(total * factor + np.exp(part - np.float32(new)).sum())
+        largest = new
+        steps.append((x0, x0 + wide, y(new)))
+        over = bool(np.isinf(naive))
+        plain = "overflow" if over else f"{naive:.1e}"
+        cells = (f"{new:.1f}", f"{factor:.2g}", f"{total:.3g}", plain)
+        for k, cell in enumerate(cells):
+            bad = over and k == 3
+            if bad:
+                box(sheet, x0 + 1, base + line * k + 1, wide - 2, line - 2, facecolor=INK["bad"],
+                    alpha=0.25, linewidth=0)  # fmt: skip
+            sheet.words(middle, base + line * (k + 0.5), cell, size=SMALL, ha="center",
+                        weight=700 if bad else 400)  # fmt: skip
+        said.append(
+            f"after block {b + 1} top is {new:.1f}, the old total was multiplied by {factor:.2g}, "
+            f"total is {total:.3g}, and the plain sum {plain}"
+        )
+    line_x = [x for start, end, _ in steps for x in (start, end)]
+    line_y = [height for _, _, height in steps for _ in range(2)]
+    sheet.axes.plot(line_x, line_y, color=INK["ink"], linewidth=1.3)
+    return sheet.picture(
+        f"Online softmax after {seen} of {len(blocks)} blocks", "; ".join(said) + "."
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from notebooks._course import Limits
-from parity.spec import Arithmetic, Array, Cost, Given, Normal, Problem, Workload
+from parity.spec import Arithmetic, Array, Cost, Normal, Problem, Workload
 
 SIZES = (
     ("short", 3, 5),
@@ -27,26 +27,29 @@ WORKLOADS = tuple(
 )
 
 
-def large(M: int, N: int) -> np.ndarray:
-    """Logits between -1e4 and 1e4, a third of them within 10 of the largest."""
-    rng = np.random.default_rng(4)
-    x = rng.uniform(-1e4, 1e4, (M, N))
-    return np.where(rng.random((M, N)) < 1 / 3, 1e4 - rng.uniform(0, 10, (M, N)), x)
+class Large(Normal):
+    """Logits between -1e4 and 1e4, a third of them within 10 of the largest; one row falls."""
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        x = rng.uniform(-1e4, 1e4, self.shape)
+        x = np.where(rng.random(self.shape) < 1 / 3, 1e4 - rng.uniform(0, 10, self.shape), x)
+        x[1] = -np.sort(-x[1])
+        return x.astype(self.dtype)
 
 
-def masked(M: int, N: int) -> np.ndarray:
+class Masked(Normal):
     """Nothing but -inf in row 1; in row 2 a whole block of it first; some in the others."""
-    rng = np.random.default_rng(5)
-    x = np.where(rng.random((M, N)) < 0.3, -np.inf, rng.standard_normal((M, N)))
-    x[1] = -np.inf
-    x[2, :520] = -np.inf
-    return x
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        x = np.where(rng.random(self.shape) < 0.3, -np.inf, rng.standard_normal(self.shape))
+        x[1] = -np.inf
+        x[2, :520] = -np.inf
+        return x.astype(self.dtype)
 
 
 def inputs(work: Workload) -> dict:
-    shape = work["M"], work["N"]
-    made = {"logits_to_1e4": large, "rows_of_minus_inf": masked}.get(work.name)
-    return {"x": Given(shape, "float32", lambda: made(*shape)) if made else Normal(shape, "float32")}
+    kind = {"logits_to_1e4": Large, "rows_of_minus_inf": Masked}.get(work.name, Normal)
+    return {"x": kind((work["M"], work["N"]), "float32")}
 
 
 def sums(ar: Arithmetic, x: Any) -> tuple[Any, Any, Any]:
