@@ -19,6 +19,7 @@ import base64
 import html
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -31,6 +32,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from notebooks import _tracer
 from parity import frameworks, record
 from parity.drawings import Picture
 from parity.record import Row
@@ -61,6 +65,8 @@ def begin(number: str) -> None:
     """
     global _lesson
     frameworks.interpreters()
+    # jax prints the whole way down to an error in a kernel; what a lesson says of it is enough.
+    logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
     _lesson = _Lesson(number)
     _say("Ready. Kernels run in the interpreters, on the CPU.")
 
@@ -324,6 +330,11 @@ def check(name: str, **kernels: Callable[..., Any]) -> None:
 
 def judged(problem: Any, limits: Limits, kernels: Mapping[str, Callable]) -> list[Answer]:
     """One Answer a kernel; workloads after the first that fails are not tried."""
+    with np.errstate(all="ignore"):  # a GPU does not warn; the verdict says what is wrong
+        return _judged(problem, limits, kernels)
+
+
+def _judged(problem: Any, limits: Limits, kernels: Mapping[str, Callable]) -> list[Answer]:
     found: dict[str, Answer] = {}
     if "triton" in kernels:
         for work in problem.workloads:
@@ -344,14 +355,20 @@ def judged(problem: Any, limits: Limits, kernels: Mapping[str, Callable]) -> lis
 def _checked(problem: Any, work: Any, kernels: Mapping[str, Callable]) -> dict[str, Answer]:
     """The kernels that parity.check finds wrong."""
     from parity.check import check as parity_check
+    from parity.frameworks import mosaic_interpreter
 
     impls = {twin: _kernel(fn) for twin, fn in kernels.items()}
-    checks = parity_check(problem, work, impls=impls, passes=("fwd",), seed=SEED)
-    return {
-        c.impl: Answer(c.impl, False, c.reason, _told(c, kernels[c.impl], problem, work), work.name)
-        for c in checks
-        if not c.ok
-    }
+    with mosaic_interpreter.patience(_tracer.PATIENCE) as out:
+        checks = parity_check(problem, work, impls=impls, passes=("fwd",), seed=SEED)
+    found = {}
+    for c in checks:
+        if c.impl == "pallas" and out:
+            detail = "it waits for ever: a barrier gets fewer arrivals than it waits for"
+            found[c.impl] = Answer(c.impl, False, "timeout", detail, work.name)
+        elif not c.ok:
+            detail = _told(c, kernels[c.impl], problem, work)
+            found[c.impl] = Answer(c.impl, False, c.reason, detail, work.name)
+    return found
 
 
 _kernels: dict[Callable, frameworks.Kernel] = {}
@@ -386,11 +403,14 @@ def _traced(error: BaseException) -> str:
     """An exception in a sentence, with the line of the notebook that it came from."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = next(iter(str(error).strip().splitlines()), "")
+    lines = str(error).strip().splitlines() or [""]
+    # jax hands on what a kernel raised as text: the last line of a traceback in it says what it was
+    inner = [line for line in lines[1:] if re.match(r"\w+(Error|Exception): ", line)]
+    first = inner[-1] if inner else f"{type(error).__name__}: {lines[0]}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "ipykernel" in frame.filename or "ipython-input" in frame.filename:
-            return f"{type(error).__name__}: {first}; at `{(frame.line or '').strip()}`"
-    return f"{type(error).__name__}: {first}"
+            return f"{first}; at `{(frame.line or '').strip()}`"
+    return first
 
 
 def _draw(problem: Any, work: Any) -> dict[str, Any]:
@@ -401,12 +421,11 @@ def _draw(problem: Any, work: Any) -> dict[str, Any]:
 
 def _watched(problem: Any, work: Any, fn: Callable[..., Any]) -> Answer | None:
     """What guard bands and the trace of Triton's programs show, if it is a mistake."""
-    from notebooks._tracer import Watch
     from parity.frameworks import triton_interpreter
     from puzzles import triton_side
 
     with triton_interpreter.launches() as launched:
-        watch = Watch(launched)
+        watch = _tracer.Watch(launched)
         try:
             with triton_interpreter.traffic(watch.each):
                 _, seen = triton_side.call(fn, _draw(problem, work), work.options, problem.glue)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+PATIENCE = 30.0  # seconds for small kernels in an interpreter
+
 
 class Touch(NamedTuple):
     """One load or store of one program."""
@@ -71,10 +73,18 @@ def _triton(fn: Callable[..., Any], names: list[str], arrays: Sequence, options:
 
 
 def guarded(fn: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
-    """fn(*arrays, **options) where a store past the end of a tensor can do no harm.
+    """fn(*arrays, **options) where a wrong kernel does no harm.
 
-    The tensors that it is given are copies, and they and those it makes lie between guard bands.
+    Triton: tensors that it is given are copies, and they and those it makes lie between guard
+    bands. Pallas: a kernel that waits for ever is given up.
     """
+    if not type(arrays[0]).__module__.startswith("torch"):
+        import jax
+
+        from parity.frameworks import mosaic_interpreter
+
+        with mosaic_interpreter.patience(PATIENCE):
+            return jax.block_until_ready(fn(*arrays, **options))
     with _banded(arrays) as args:
         out = fn(*args, **options)
     return out.clone() if hasattr(out, "clone") else tuple(x.clone() for x in out)
@@ -120,7 +130,7 @@ def _pallas(fn: Callable[..., Any], names: list[str], arrays: Sequence, options:
     from parity.frameworks import mosaic_interpreter
 
     seen: list[Any] = []
-    with mosaic_interpreter.traffic(seen.append) as moved:
+    with mosaic_interpreter.traffic(seen.append) as moved, mosaic_interpreter.patience(PATIENCE):
         outputs = twin.outputs_of(twin.run(fn, arrays, options))
     buffers = sorted({touch.buffer for touch in seen})
     labels = [*names, *_outs(outputs)]

@@ -26,6 +26,7 @@ import functools
 import importlib
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -115,6 +116,7 @@ def _jax() -> SimpleNamespace:
             "assert_no_barriers_allocated",
             "buffer_shape_and_dtype",
             "get_buffer_content",
+            "set_failed",
             "store_buffer_content",
             "swap_buffer_content",
         ),
@@ -215,6 +217,30 @@ def races() -> list[str]:
     """The races shown since `interpreting` or `watched` was entered, in words."""
     jax.effects_barrier()
     return list(_messages)
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[list[bool]]:
+    """Kernels that run inside fail once so much time has passed: one that waits at a barrier that
+    is never completed would wait for ever, and cannot be interrupted.
+
+    The list is not empty any more once that has happened.
+    """
+    out: list[bool] = []
+
+    def give_up() -> None:
+        with contextlib.suppress(AssertionError):  # no kernel is running
+            shared = _jax().calls._get_shared_memory()
+            out.append(True)
+            shared.set_failed(TimeoutError(f"no end after {seconds:g} s"), None, top_level=False)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield out
+    finally:
+        timer.cancel()
 
 
 class Touch(NamedTuple):
