@@ -31,6 +31,8 @@ export PYTEST_DEBUG_TEMPROOT := $(CACHE)/pytest
 export TMPDIR := $(CACHE)/tmp
 # A temporary folder is not part of the checkout that it lies in.
 export GIT_CEILING_DIRECTORIES := $(CACHE)
+# NumPy's threads would fight those of Mosaic's interpreter.
+export OPENBLAS_NUM_THREADS ?= 1
 # Wheels are kept once, installed; a cache that the user has chosen is used.
 ifndef PIP_CACHE_DIR
 export PIP_NO_CACHE_DIR := 1

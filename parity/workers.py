@@ -263,6 +263,8 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=self.sink or subprocess.DEVNULL,
                 text=True,
+                # NumPy's threads would fight those of Mosaic's interpreter
+                env={"OPENBLAS_NUM_THREADS": "1"} | os.environ,
                 start_new_session=True,  # Ctrl-C is the parent's, which then ends the whole group
             )
         return self.process
