@@ -230,6 +230,7 @@ def measured(stem: str, workload: str, which: str = "fwd") -> None:
     """Times one pass of both twins and its peers: here on a Hopper GPU, else as recorded."""
     found, where = {}, ""
     if hopper() and not built():
+        _say("Measuring here; this takes a minute or two.")
         found, where = _measured_here(stem, workload, which), "measured here, just now"
     if not found:
         found, where = rows(stem, workload, which), "recorded"

@@ -223,7 +223,7 @@ def refresh(built: Path, mine: Path) -> str:
     before an update is kept beside it.
     """
     fresh = nbformat.read(built, as_version=4)
-    fresh.metadata["built"] = fingerprint(built.read_text())
+    fresh.metadata["built"] = fingerprint(json.dumps(_sources(fresh)))
     for cell in fresh.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

@@ -155,6 +155,10 @@ def test_answers_survive_an_update(tmp_path: Path):
                    ("dropped", "hole 3"))  # fmt: skip
     assert build.refresh(built, mine) == "new"
     assert build.refresh(built, mine) == "as it was"
+    rerun = nbformat.read(built, as_version=4)
+    rerun.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text="a new record")]
+    built.write_text(nbformat.writes(rerun))
+    assert build.refresh(built, mine) == "as it was"  # other outputs are no reason to touch it
     notebook = nbformat.read(mine, as_version=4)
     notebook.cells[0].source = "old text, scribbled over"
     notebook.cells[1].source = "my answer"
