@@ -69,6 +69,7 @@ lint: venv
 
 docs: venv
 	@PYTHONPATH=docs .venv/bin/python -c 'import picture, reading, tried; picture.main(); reading.main(); tried.main()'
+	@.venv/bin/python -m puzzles.pictures
 	@.venv/bin/parity report --readme $(ARGS)
 
 # JupyterLab asks nothing and calls nobody when it opens.
