@@ -95,9 +95,9 @@ def _banded(arrays: Sequence[Any]) -> Iterator[list[Any]]:
     """Copies of torch tensors between guard bands; what is made inside lies between some too."""
     import torch
 
-    from puzzles.triton_side import _Bands
+    from puzzles.triton_side import GuardBands
 
-    with _Bands():
+    with GuardBands():
         yield [torch.empty(x.shape, dtype=x.dtype).copy_(x) for x in arrays]
 
 

@@ -38,7 +38,7 @@ class _Band:
         return bool((ends != poison).any())
 
 
-class _Bands(TorchDispatchMode):
+class GuardBands(TorchDispatchMode):
     """Puts bands around what is allocated inside."""
 
     @classmethod
@@ -80,7 +80,7 @@ def call(
     with (
         triton_interpreter.launches() as launched,
         triton_interpreter.traffic() as traffic,
-        _Bands() as made,
+        GuardBands() as made,
     ):
         out = twin.outputs_of(solve(*args, **options))
     outputs = tuple(twin.harness(_tensor(x)) for x in out)
@@ -108,7 +108,7 @@ def ghost(
 ) -> tuple[np.ndarray, ...]:
     """What solve returns when its kernels do nothing."""
     args = [twin.native(x.copy()) for x in arrays.values()]
-    with triton_interpreter.launches(ghost=True), _Bands():
+    with triton_interpreter.launches(ghost=True), GuardBands():
         return tuple(twin.harness(_tensor(x)) for x in twin.outputs_of(solve(*args, **options)))
 
 
