@@ -329,6 +329,12 @@ def check(name: str, **kernels: Callable[..., Any]) -> None:
     _say("\n".join(lines), {"check": name, "ok": ok, "verdicts": told})
 
 
+def conclude(name: str, ok: bool, text: str) -> None:
+    """Notes and says what another judge than `check` found of an exercise, NumPy's for example."""
+    _lesson.checks[name] = ok
+    _say(text, {"check": name, "ok": ok})
+
+
 def judged(problem: Any, limits: Limits, kernels: Mapping[str, Callable]) -> list[Answer]:
     """One Answer a kernel; workloads after the first that fails are not tried."""
     with np.errstate(all="ignore"):  # a GPU does not warn; the verdict says what is wrong
@@ -535,6 +541,6 @@ def _display_object(thing: Any) -> None:
 
 
 __all__ = [
-    "Answer", "Limits", "begin", "check", "cut", "end", "judged", "measured", "metered", "predict",
-    "reveal", "rows", "show", "slider", "stamp", "twins",
+    "Answer", "Limits", "begin", "check", "conclude", "cut", "end", "judged", "measured", "metered",
+    "predict", "reveal", "rows", "show", "slider", "stamp", "twins",
 ]  # fmt: skip

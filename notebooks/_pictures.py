@@ -180,6 +180,53 @@ def traffic(bars: Mapping[str, tuple[int, int]], least: tuple[int, int] | None =
     return sheet.picture("Bytes read and written", "; ".join(said) + ".")
 
 
+# Bytes, operation by operation
+
+
+def operations(bars: Mapping[str, Mapping[str, tuple[int, int]]], unit: int, units: str) -> Picture:
+    """One bar a variant: the bytes that each of its operations reads and writes, end to end.
+
+    bars: variant -> operation -> (bytes read, bytes written). unit: bytes of one step of the axis,
+    which `units` names.
+    """
+    row, head = 44.0, 8.0
+    sheet = Sheet("operations", head + row * len(bars), left=66, right=12, top=2, bottom=28)
+    axes = sheet.axes
+    end = max(sum(map(sum, parts.values())) for parts in bars.values()) / unit
+    axes.set_xlim(0, 1.1 * end)
+    axes.set_ylim(head + row * len(bars), 0)
+    axes.set_yticks([])
+    axes.set_xticks(range(math.ceil(end) + 1))
+    axes.grid(axis="x", color=INK["line"], linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"read and written, in {units}", size=SMALL, color=INK["ink"])
+    said = []
+    for k, (label, parts) in enumerate(bars.items()):
+        y, at = head + row * (k + 0.62), 0.0
+        sheet.words(-4 / sheet.width, y, label, ha="right", transform=axes.get_yaxis_transform())
+        for name, (read, written) in parts.items():
+            wide = (read + written) / unit
+            sheet.words(at + wide / 2, y - 0.47 * row, name, ha="center", size=SMALL)
+            axes.barh([y], [read / unit], left=[at], height=0.55 * row, color=INK["triton"],
+                      linewidth=0)  # fmt: skip
+            axes.barh(
+                [y], [written / unit], left=[at + read / unit], height=0.55 * row,
+                color=INK["pallas"], linewidth=0, hatch="///", edgecolor=INK["paper"],
+            )  # fmt: skip
+            at += wide
+            axes.plot([at, at], [y - 0.36 * row, y + 0.36 * row], color=INK["ink"], linewidth=1.2)
+        sheet.words(at + 0.01 * end, y, f"{at:.1f}", weight=700)
+        told = (f"{name} reads {r / unit:.2g} and writes {w / unit:.2g}"
+                for name, (r, w) in parts.items())  # fmt: skip
+        said.append(f"{label}: {', '.join(told)}, {at:.1f} in all")
+    y = head + row * (len(bars) - 0.5)
+    sheet.words(1.08 * end, y - 6, "solid: read", color=INK["triton"], weight=700, ha="right")
+    sheet.words(1.08 * end, y + 6, "hatched: written", color=INK["pallas"], weight=700, ha="right")
+    return sheet.picture(
+        f"What each operation moves, in {units}", f"In {units}. {'; '.join(said)}."
+    )
+
+
 # The roofline
 
 
@@ -304,8 +351,9 @@ def running_softmax(row: np.ndarray, block: int, seen: int) -> Picture:
         here, x0 = b < seen, left + b * wide
         box(sheet, x0 + 1, head, wide - 2, high, facecolor=INK["shade" if here else "paper"])
         at = [x0 + wide * (i + 0.5) / len(part) for i in range(len(part))]
-        how = {"color": INK["triton"]} if here else {"color": INK["line"]}
-        sheet.axes.plot(at, [y(float(v)) for v in part], "o", markersize=3.4, **how)
+        heights = [y(float(v)) for v in part]
+        colour = INK["triton" if here else "line"]
+        sheet.axes.plot(at, heights, "o", markersize=3.4, color=colour)
         middle = x0 + wide / 2
         sheet.words(middle, head / 2, f"block {b + 1}", size=SMALL, ha="center",
                     color=INK["ink" if here else "faint"])  # fmt: skip
@@ -338,3 +386,143 @@ def running_softmax(row: np.ndarray, block: int, seen: int) -> Picture:
     return sheet.picture(
         f"Online softmax after {seen} of {len(blocks)} blocks", "; ".join(said) + "."
     )
+
+
+# Number formats
+
+
+def number_lines(weights: np.ndarray) -> Picture:
+    """All values of five formats under a histogram of weights, each stretched to the largest one.
+
+    weights: float32 [n].
+    """
+    from parity import formats
+
+    sets = {
+        "int8, 8 bits": np.arange(-127, 128) / 127,
+        "e4m3, 8 bits": formats.E4M3.values / 448,
+        "int4, 4 bits": np.arange(-7, 8) / 7,
+        "NF4, 4 bits": formats.NF4,
+        "e2m1, 4 bits": formats.E2M1.values / 6,
+    }
+    left, high, row = 66.0, 74.0, 22.0
+    sheet = diagram("formats", high + row * len(sets) + 26)
+    half = (sheet.width - left - 8) / 2
+    centre, largest = left + half, float(np.abs(weights).max())
+    counts, edges = np.histogram(weights / largest, 61, (-1, 1))
+    for count, start, end in zip(counts, edges, edges[1:], strict=False):
+        tall = (high - 6) * count / counts.max()
+        box(sheet, centre + half * start, high - tall, half * (end - start) - 0.6, tall,
+            facecolor=INK["peer"], alpha=0.6, linewidth=0)  # fmt: skip
+    sheet.words(0, high - 8, f"{len(weights)} weights", size=SMALL)
+    said = []
+    for k, (label, values) in enumerate(sets.items()):
+        places = np.unique(values[np.isfinite(values)])
+        top = high + row * k + 7
+        sheet.words(0, top + 6, label, size=SMALL)
+        xs = np.repeat(centre + half * places, 3)
+        ys = np.tile([top, top + 12, math.nan], len(places))
+        how = {"linewidth": 0.5 if len(places) > 20 else 1.2, "color": INK["triton"]}
+        sheet.axes.plot(xs, ys, solid_capstyle="butt", **how)
+        near = float((np.abs(places) <= 0.25).mean())
+        said.append(f"{label}: {len(places)} values, {near:.0%} of them in the middle quarter")
+    base = high + row * len(sets) + 12
+    for place in (-1, -0.5, 0, 0.5, 1):
+        name = f"{place:g}" if place else "0"
+        sheet.words(centre + half * place, base, name, size=SMALL, ha="center", color=INK["faint"])
+    sheet.words(centre, base + 11, "weight / largest weight", size=SMALL, ha="center")
+    share = float((np.abs(weights) <= 0.25 * largest).mean())
+    said.append(f"{share:.0%} of the weights lie in the middle quarter")
+    return sheet.picture("The values of five formats", "; ".join(said) + ".")
+
+
+def quantized(x: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:
+    """format/how many share a scale -> (bits per number, scales included; x there and back).
+
+    x: float32 [n], n a multiple of 128.
+    """
+    from parity import formats
+
+    rows, found = x.reshape(1, -1), {}
+
+    def keep(name: str, back: np.ndarray, *stored: np.ndarray) -> None:
+        bits = 8 * sum(part.nbytes for part in stored) / x.size
+        found[name] = bits, np.asarray(back).reshape(-1)
+
+    for group in (128, 32):
+        packed, scale, _ = formats.int4_quantize(rows, group=group)
+        back = formats.int4_dequantize(packed, scale, group=group)
+        keep(f"int4/{group}", back, packed, scale)
+    packed, state = formats.nf4_quantize(x)
+    assert isinstance(state, formats.Nf4State)
+    back = formats.nf4_dequantize(packed, state, x.size)
+    keep("NF4/64", back, packed, state.qabsmax, state.absmax2)
+    for name, element in (("MXFP4/32", "e2m1"), ("MXFP8/32", "e4m3")):
+        code, scale = formats.mx_quantize(rows, element)
+        keep(name, formats.mx_dequantize(code, scale, element), code, scale)
+    code, scale = formats.fp8_quantize_rows(rows)
+    keep("FP8/128", formats.fp8_dequantize(code, scale), code, scale)
+    code, scale = formats.int8_quantize(rows, axis=-1, group=128)
+    keep("int8/128", formats.int8_dequantize(code, scale, axis=-1, group=128), code, scale)
+    code, scale = formats.int8_quantize(rows, axis=None)
+    keep("int8/all", formats.int8_dequantize(code, scale, axis=None), code, scale)
+    return found
+
+
+def sqnr_against_bits(data: Mapping[str, np.ndarray]) -> Picture:
+    """What each format keeps of two sets of numbers: circles the first set, triangles the second.
+
+    data: label -> float32 [n]. The dashed line is integers of 2 to 8 bits, 128 to a scale, on the
+    first set.
+    """
+    (first, one), (second, two) = data.items()
+    sheet = Sheet("sqnr", 190, left=32, right=8, top=16, bottom=30)
+    axes = sheet.axes
+
+    def sqnr(x: np.ndarray, back: np.ndarray) -> float:
+        noise = float(np.sum((x - back).astype(np.float64) ** 2))
+        return 10 * math.log10(float(np.sum(x.astype(np.float64) ** 2)) / noise)
+
+    kept = {
+        name: (bits, sqnr(one, back), sqnr(two, quantized(two)[name][1]))
+        for name, (bits, back) in quantized(one).items()
+    }
+    groups = one.reshape(-1, 128)
+    line = []
+    for bits in range(2, 9):
+        scale = np.abs(groups).max(axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
+        line.append(sqnr(groups, np.rint(groups / scale) * scale))
+    low, high = 0.0, 5.0 * math.ceil(max(line) / 5) + 3
+    axes.set_xlim(2, 11.6)
+    axes.set_ylim(low, high)
+    axes.set_xticks(range(2, 9))
+    axes.grid(color=INK["line"], linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.plot(range(2, 9), line, color=INK["faint"], linewidth=1, linestyle=(0, (4, 2)))
+    sheet.words(2.1, line[1] + 2, "integers", size=SMALL, color=INK["faint"])
+    unit = (high - low) / sheet.height
+    for cluster in ((0, 6), (6, 12)):
+        inside = {n: k for n, k in kept.items() if cluster[0] <= k[0] < cluster[1]}
+        inside = dict(sorted(inside.items(), key=lambda item: item[1][1]))
+        at = max(bits for bits, _, _ in inside.values()) + 0.3
+        heights = [a for _, a, _ in inside.values()]
+        for i in range(1, len(heights)):
+            heights[i] = max(heights[i], heights[i - 1] + 10.5 * unit)
+        shift = (sum(heights) - sum(a for _, a, _ in inside.values())) / len(heights)
+        for height, (name, (bits, a, b)) in zip(heights, inside.items(), strict=True):
+            axes.plot([bits, bits], [a, b], color=INK["line"], linewidth=0.8, zorder=1)
+            axes.plot([bits, at - 0.05], [a, height - shift], color=INK["line"], linewidth=0.6)
+            axes.plot([bits], [a], "o", color=INK["triton"], markersize=4.5)
+            axes.plot([bits], [b], "^", color=INK["pallas"], markersize=5)
+            sheet.words(at, height - shift, f"{name}  {a:.0f}, {b:.0f}", size=SMALL)
+    for x, shape, colour, label in ((0.02, "o", "triton", first), (0.2, "^", "pallas", second)):
+        axes.plot([x], [1.05], shape, color=INK[colour], markersize=5, clip_on=False,
+                  transform=axes.transAxes)  # fmt: skip
+        sheet.words(x + 0.03, 1.05, label, size=SMALL, transform=axes.transAxes)
+    axes.set_xlabel("bits per number, scales included", size=SMALL, color=INK["ink"])
+    axes.set_ylabel("SQNR, dB", size=SMALL, color=INK["ink"], labelpad=1)
+    said = (
+        f"{name} {bits:.2f} bits, {a:.1f} dB ({first}), {b:.1f} dB ({second})"
+        for name, (bits, a, b) in kept.items()
+    )
+    return sheet.picture("SQNR against bits", "; ".join(said) + ".")
