@@ -215,11 +215,13 @@ def operations(bars: Mapping[str, Mapping[str, tuple[int, int]]], unit: int, uni
             )  # fmt: skip
             at += wide
             axes.plot([at, at], [y - 0.36 * row, y + 0.36 * row], color=INK["ink"], linewidth=1.2)
-        sheet.words(at + 0.01 * end, y, f"{at:.1f}", weight=700)
+        sheet.words(at + 0.01 * end, y, f"{at:.3g}", weight=700)
         told = (f"{name} reads {r / unit:.2g} and writes {w / unit:.2g}"
                 for name, (r, w) in parts.items())  # fmt: skip
-        said.append(f"{label}: {', '.join(told)}, {at:.1f} in all")
-    y = head + row * (len(bars) - 0.5)
+        said.append(f"{label}: {', '.join(told)}, {at:.3g} in all")
+    # Beside the shortest bar there is room.
+    totals = [sum(map(sum, parts.values())) for parts in bars.values()]
+    y = head + row * (totals.index(min(totals)) + 0.62)
     sheet.words(1.08 * end, y - 6, "solid: read", color=INK["triton"], weight=700, ha="right")
     sheet.words(1.08 * end, y + 6, "hatched: written", color=INK["pallas"], weight=700, ha="right")
     return sheet.picture(
