@@ -355,11 +355,10 @@ def test_a_baseline_draws_what_the_puzzle_asks_for(puzzle: Puzzle):
     assert 0 < puzzle.baseline.least_bytes(case) <= every
 
 
-CALIBRATED = [p for p in RACED if (p.folder / "speed.json").is_file()]
-
-
-@pytest.mark.parametrize("puzzle", CALIBRATED, ids=lambda p: p.id)
+@pytest.mark.parametrize("puzzle", RACED, ids=lambda p: p.id)
 def test_committed_tiers_rise_and_say_where_they_are_from(puzzle: Puzzle):
+    if not (puzzle.folder / "speed.json").is_file():
+        pytest.skip("no GPU has been calibrated for it yet")
     found = json.loads((puzzle.folder / "speed.json").read_text())
     assert found["version"] == puzzle.version
     for row in found["devices"].values():
