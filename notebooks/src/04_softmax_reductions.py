@@ -470,7 +470,8 @@ course.reveal("C")
 # 4. Idle lanes hold what changes nothing: 0 for a sum, -inf for a maximum. Mind `-inf - (-inf)`.
 # 5. States merge in any order: over blocks, threads, programs.
 #
-# Next: [the list of lessons](../notebooks/README.md).
+# Next: [05 RMSNorm forward](05_rms_norm_forward.ipynb), or, for the puzzles,
+# [13 Number formats](13_number_formats.ipynb).
 
 # %%
 course.end()
