@@ -63,7 +63,7 @@ def _bagel(total: int) -> Layout:
     rng = np.random.default_rng(total)
     made: Layout = []
     left = total
-    while left > 64:
+    while left:
         drawn = [
             (int(rng.integers(50, 501)), CAUSAL),
             (int(rng.integers(256, 4901)) + 2, FULL),
@@ -76,7 +76,7 @@ def _bagel(total: int) -> Layout:
                 document.append((length, mode))
                 left -= length
         if not document:  # the rest is text
-            document, left = [(left - 64, CAUSAL)], 64
+            document, left = [(left, CAUSAL)], 0
         made.append(document)
     return made
 
