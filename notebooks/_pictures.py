@@ -5,6 +5,7 @@ description in words. Nothing is told by colour alone: programs have numbers, ma
 `_course.show` puts a picture into a notebook.
 """
 
+import ast
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -229,6 +230,113 @@ def operations(bars: Mapping[str, Mapping[str, tuple[int, int]]], unit: int, uni
     )
 
 
+# A backward: what waits for what, and a sum in two stages
+
+
+def dependencies(formulas: Mapping[str, str], places: Mapping[str, tuple[float, float]]) -> Picture:
+    """Which name each formula needs, as arrows.
+
+    formulas: name -> a Python expression; one that begins with `mean_` or `sum_` is a sum, and gets
+    a heavy frame. places: (column, row) of every name, inputs and formulas alike.
+    """
+    high, wide, step = 26.0, 68.0, 42.0
+    rows = max(row for _, row in places.values())
+    sheet = diagram("dependencies", rows * step + high + 20)
+    columns = max(column for column, _ in places.values())
+    gap = (sheet.width - wide) / columns
+
+    def corner(name: str) -> tuple[float, float]:
+        return places[name][0] * gap, places[name][1] * step + 6
+
+    said = []
+    for name, formula in formulas.items():
+        tree = ast.walk(ast.parse(formula, mode="eval"))
+        needs = {n.id for n in tree if isinstance(n, ast.Name) and n.id in places}
+        needs = sorted(needs, key=lambda need: places[need][1])  # so that arrows cross less
+        said.append(f"{name} = {formula} needs {', '.join(needs)}")
+        x1, y1 = corner(name)
+        for i, need in enumerate(needs):
+            x0, y0 = corner(need)
+            end = y1 + high * (i + 1) / (len(needs) + 1)
+            sheet.axes.annotate(
+                "", (x1 - 1, end), (x0 + wide, y0 + high / 2),
+                arrowprops={"arrowstyle": "-|>", "color": INK["faint"], "linewidth": 0.9,
+                            "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}, zorder=1,
+            )  # fmt: skip
+    for name in places:
+        x, y = corner(name)
+        formula = formulas.get(name, "")
+        direction = formula.partition("(")[0]
+        heavy = direction.startswith(("mean_", "sum_"))
+        box(sheet, x, y, wide, high, facecolor=INK["shade" if formula else "paper"],
+            edgecolor=INK["pallas" if heavy else "triton" if not formula else "ink"],
+            linewidth=2.2 if heavy else 1.0, zorder=2)  # fmt: skip
+        below = direction.replace("_", " ") if heavy else "given" if not formula else ""
+        sheet.words(x + wide / 2, y + high / (3 if below else 2), name, ha="center", weight=700)
+        sheet.words(x + wide / 2, y + 0.75 * high, below, ha="center", size=0.8 * SMALL)
+    return sheet.picture("What each gradient needs", "; ".join(said) + ".")
+
+
+def two_stages(trace: Trace, rows: str = "x", partial: str = "out1", total: str = "out") -> Picture:
+    """Column sums in two launches: who reads which row, who stores which partial row, who adds up.
+
+    The three names are arrays of the trace: [M, N], [P, N] and [N].
+    """
+    left = _owners(trace, 0, rows, stored=False)
+    middle = _owners(trace, 0, partial, stored=True)
+    right = _owners(trace, 1, total, stored=True)[None, :]
+    head, cell = 15.0, 11.0
+    sheet = diagram("stages", head + cell * left.shape[0] + 4)
+    wide = cell * left.shape[1]
+    gap = (sheet.width - 3 * wide) / 2
+    titles = (f"{rows}: read by program", "partial sums: stored by", "total: stored by")
+    middles = []
+    for k, (owner, title) in enumerate(zip((left, middle, right), titles, strict=True)):
+        x0 = k * (wide + gap)
+        y0 = head + cell * (left.shape[0] - owner.shape[0]) / 2
+        sheet.words(x0 + wide / 2 + 6 * (1 - k), y0 - 7, title, ha="center", size=SMALL, weight=700)
+        for (i, j), who in np.ndenumerate(owner):
+            name = chr(ord("A") + who) if k == 2 else who  # another kernel's programs
+            fill = FILLS[(int(who) + (3 if k == 2 else 0)) % len(FILLS)]
+            box(sheet, x0 + j * cell, y0 + i * cell, cell, cell, facecolor=INK["paper"])
+            box(sheet, x0 + j * cell, y0 + i * cell, cell, cell, facecolor=INK[fill], alpha=0.32,
+                linewidth=0)  # fmt: skip
+            sheet.words(x0 + (j + 0.5) * cell, y0 + (i + 0.5) * cell, str(name), ha="center",
+                        size=0.85 * SMALL)  # fmt: skip
+        box(sheet, x0, y0, wide, cell * owner.shape[0], edgecolor=INK["ink"], linewidth=1.2)
+        middles.append((x0, [y0 + (i + 0.5) * cell for i in range(owner.shape[0])]))
+    line = {"linewidth": 0.9, "shrinkA": 1, "shrinkB": 1, "mutation_scale": 7, "arrowstyle": "-|>"}
+    for i, y in enumerate(middles[0][1]):
+        who = int(left[i, 0])
+        goal = middles[1][1][int(np.flatnonzero(middle[:, 0] == who)[0])]
+        line["color"] = INK[FILLS[who % len(FILLS)]]
+        sheet.axes.annotate("", (middles[1][0], goal), (middles[0][0] + wide, y), arrowprops=line)
+    for y in middles[1][1]:
+        line["color"] = INK["ink"]
+        goal = (middles[2][0], middles[2][1][0])
+        sheet.axes.annotate("", goal, (middles[1][0] + wide, y), arrowprops=line)
+    read = "; ".join(
+        f"program {who} reads the rows {', '.join(map(str, np.flatnonzero(left[:, 0] == who)))}"
+        for who in np.unique(left)
+    )
+    words = (
+        f"First kernel: {read}; each stores one of {middle.shape[0]} partial rows. Second kernel: "
+        f"{len(np.unique(right))} programs share {right.shape[1]} columns and add the partial rows."
+    )
+    return sheet.picture("A sum over all rows, in two stages", words)
+
+
+def _owners(trace: Trace, launch: int, array: str, *, stored: bool) -> np.ndarray:
+    """The program that touches each element of an array in one launch."""
+    touches = [t for t in trace.touches if (t.launch, t.array, t.stored) == (launch, array, stored)]
+    if not touches:
+        raise ValueError(f"array: nobody {'stores to' if stored else 'loads from'} {array!r}")
+    owner = np.full(touches[0].shape, -1)
+    for t in touches:
+        owner[tuple(t.at[t.live].T)] = t.program[0]
+    return owner
+
+
 # The roofline
 
 
@@ -394,7 +502,7 @@ def running_softmax(row: np.ndarray, block: int, seen: int) -> Picture:
 
 
 def number_lines(weights: np.ndarray) -> Picture:
-    """All values of five formats under a histogram of weights, each stretched to the largest one.
+    """All values of six formats under a histogram of weights, each stretched to the largest one.
 
     weights: float32 [n].
     """
@@ -403,6 +511,7 @@ def number_lines(weights: np.ndarray) -> Picture:
     sets = {
         "int8, 8 bits": np.arange(-127, 128) / 127,
         "e4m3, 8 bits": formats.E4M3.values / 448,
+        "e5m2, 8 bits": formats.E5M2.values / 57344,
         "int4, 4 bits": np.arange(-7, 8) / 7,
         "NF4, 4 bits": formats.NF4,
         "e2m1, 4 bits": formats.E2M1.values / 6,
@@ -435,7 +544,7 @@ def number_lines(weights: np.ndarray) -> Picture:
     sheet.words(centre, base + 11, "weight / largest weight", size=SMALL, ha="center")
     share = float((np.abs(weights) <= 0.25 * largest).mean())
     said.append(f"{share:.0%} of the weights lie in the middle quarter")
-    return sheet.picture("The values of five formats", "; ".join(said) + ".")
+    return sheet.picture("The values of six formats", "; ".join(said) + ".")
 
 
 def quantized(x: np.ndarray) -> dict[str, tuple[float, np.ndarray]]:

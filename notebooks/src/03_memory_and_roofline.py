@@ -45,8 +45,9 @@ from parity.problems import problem
 # | GPU memory (HBM) | 141 GB | everybody, and it stays after the kernel |
 #
 # Whatever a kernel wants to keep must go to GPU memory, and the next kernel must fetch it from
-# there. We count only those bytes: the *traffic*. And of operations we count additions and
-# multiplications of floating-point numbers, *FLOP*; `a * b + c` is two.
+# there. We count only those bytes: the *traffic*. (A cache may serve a second load of the same
+# bytes, if they are few; the count does not rely on it.) Operations are those on floating-point
+# numbers, additions, multiplications and the like, *FLOP*; `a * b + c` is two.
 #
 # ## 2. Count
 #
@@ -58,8 +59,8 @@ from parity.problems import problem
 #
 # * `add_mb`: x and y are float32 arrays (4 bytes a number) of 4096 x 4096, and the kernel stores
 #   x + y. How many megabytes (millions of bytes) does it move?
-# * `gemm_gflop`: a product of two 4096 x 4096 matrices has 4096 * 4096 results; each is a sum of
-#   4096 products. How many GFLOP (billions of operations) is that?
+# * `gemm_gflop`: a product of two 4096 x 4096 matrices has 4096 * 4096 results; each takes 4096
+#   multiplications and as many additions. How many GFLOP (billions of operations) is that?
 # * `gemm_mb`: the same product, the matrices in bfloat16 (2 bytes). How many megabytes at least?
 
 # %% answer="guess_counts"
@@ -132,10 +133,10 @@ course.reveal("ridge", ridge, within=0.05)
 course.reveal("rows", ridge * 4096 / (4096 - 2 * ridge), within=0.2)
 
 # %% [markdown]
-# The *roofline* shows both limits at once. To the right goes the intensity, upwards the operations
-# per second; both scales are logarithmic, each step is a factor. On the slope memory is the limit:
-# twice the operations per byte are twice the speed, for free. On the flat part arithmetic is. The
-# corner is the ridge.
+# The *roofline* shows both limits at once. To the right goes the intensity, upwards the
+# operations per second; both scales are logarithmic, each line of the grid is ten times the last.
+# On the slope memory is the limit: twice the operations per byte are twice the speed, for free.
+# On the flat part arithmetic is. The corner is the ridge.
 #
 # Move the slider: it is the number of rows M of the product.
 
@@ -149,9 +150,9 @@ course.slider(
 )
 
 # %% [markdown]
-# So the very same matrix is a memory problem for one row and an arithmetic problem for a thousand.
-# And all that works element by element, or row by row, is far down the slope: softmax, norms,
-# activations. For these only one thing helps: fewer bytes.
+# So the very same matrix is a memory problem for one row and an arithmetic problem for a
+# thousand. And all that works element by element, or row by row, is far down the slope: softmax,
+# norms, activations. For these only one thing helps: fewer bytes.
 #
 # ## 4. Fusion
 #
@@ -196,8 +197,8 @@ def three_kernels(x, y, *, scale):
 # %% [markdown]
 # ### Predict
 #
-# The least is 3 trips for each element: load x, load y, store out. How many times the least do the
-# three kernels move?
+# The least is 3 trips for each element: load x, load y, store out. How many times the least do
+# the three kernels move?
 
 # %% answer="guess_fusion"
 course.predict("times", 2.33)
@@ -242,8 +243,8 @@ course.check("relu_sum", triton=relu_sum_triton)
 # %% [markdown]
 # ## 6. Do it in Pallas
 #
-# The same with the copy engine: two tiles to shared memory, one back. `jnp.maximum(a, 0.0)` is the
-# relu. The wrapper fills up to whole tiles of 256 elements; that part is done.
+# The same with the copy engine: two tiles to shared memory, one back. `jnp.maximum(a, 0.0)` is
+# the relu. The wrapper fills up to whole tiles of 256 elements; that part is done.
 
 
 # %% answer="relu_sum_pallas"
@@ -336,8 +337,8 @@ course.predict("us", 65.6)
 course.reveal("us", record["bytes"] / copy_gbps / 1e3, within=0.05)
 
 # %% [markdown]
-# That time is *the roof* of this kernel, and this is what was reached. The ceilings are measured as
-# well, each time anew, so a good kernel may come out at 101%.
+# That time is *the roof* of this kernel, and this is what was reached. The ceilings are measured
+# as well, each time anew, so a good kernel may come out at 101%.
 
 # %%
 course.measured("rms_norm", "rms_norm_16384x4096")

@@ -368,10 +368,10 @@ course.reveal("online", moved / x.nbytes)
 # %% [markdown]
 # ## 6. Splitting a row
 #
-# One program a row is fine when there are many rows. With two rows of 100000 elements a GPU of
-# 132 cores has two busy ones. Then several programs share a row; each ends with a state of its
-# own, and a last step merges the states. The formula is the one you know, since a state is all
-# that is left of a block:
+# One program a row is fine when there are many rows. With two rows of 100000 elements, 2 of the
+# 132 multiprocessors of an H200 have something to do. Then several programs share a row; each
+# ends with a state of its own, and a last step merges the states. The formula is the one you
+# know, since a state is all that is left of a block:
 #
 #     new   = max(top1, top2)
 #     total = total1 * exp(top1 - new) + total2 * exp(top2 - new)

@@ -61,17 +61,18 @@ course.reveal("numbers", len(np.unique(values[np.isfinite(values)])))
 # %% [markdown]
 # ## 2. The picture: where the values lie
 #
-# At the top, 4096 weights as a histogram: many are small, few are large, as in a real model. Below
-# it all values of each format, stretched until the largest one fits the largest weight.
+# At the top, 4096 weights as a histogram: many are small, few are large, as in a real model.
+# Below it all values of each format, stretched until the largest one fits the largest weight.
 
 # %%
 weights = 0.02 * np.random.default_rng(13).standard_normal(4096).astype(np.float32)
 course.show(pictures.number_lines(weights))
 
 # %% [markdown]
-# The integers are evenly spaced, and most of int4's values lie where hardly a weight is. NF4's
+# The integers are evenly spaced, and half of int4's values lie where hardly a weight is. NF4's
 # crowd in the middle. The floats get denser towards zero: halving a number halves the distance to
-# its neighbour, until the smallest exponent is reached.
+# its neighbour, until the smallest exponent is reached. e5m2 gives one bit of e4m3's
+# mantissa to the exponent: fewer steps, a wider range.
 #
 # Now you write each of them. `codecs.check` tries all codes, all values, and all middles between
 # two values with their neighbours, and compares with the project's own formats bit for bit.
@@ -101,10 +102,11 @@ codecs.check("int8", int8_encode)
 #
 # ## 4. int4: two codes to a byte
 #
-# There is no array of 4-bit numbers, so two codes from 0 to 15 go into a byte: here the first into
-# the *low nibble*, the lower four bits, and the second into the high one. The codes come as uint8
-# `[..., 2n]`, the bytes are uint8 `[..., n]`. Shifts are `<<` and `>>`, the lower four bits are
-# `& 15`, and `x[..., 0::2]` is every second element.
+# An int4 code is `round(x / scale) + 8`, so that it is never negative. There is no array of 4-bit
+# numbers, so two codes from 0 to 15 go into a byte: here the first into the *low nibble*, the
+# lower four bits, and the second into the high one. The codes come as uint8 `[..., 2n]`, the
+# bytes are uint8 `[..., n]`. Shifts are `<<` and `>>`, the lower four bits are `& 15`, and
+# `x[..., 0::2]` is every second element.
 
 
 # %% answer="int4"
@@ -175,9 +177,9 @@ codecs.check("e4m3", e4m3_decode, e4m3_encode)
 # %% [markdown]
 # ## 6. NF4: uneven steps
 #
-# NF4 has sixteen given values between -1 and 1, chosen so that a normal distribution uses each
-# about equally often. `formats.NF4` has them, rising. The nearest again; here a tie takes the
-# lower code.
+# NF4 has sixteen values between -1 and 1; x has already been divided by the largest magnitude of
+# its block. They are chosen so that a normal distribution uses each about equally often.
+# `formats.NF4` lists them, rising. The nearest again; here a tie takes the lower code.
 
 
 # %% answer="nf4"
@@ -202,8 +204,9 @@ codecs.check("nf4", nf4_encode)
 #     e = floor(log2(m)) - 8        x is divided by 2 ** e, and then encoded as e4m3
 #
 # Stored is `e + 127`, from 0 to 254, in a byte; a block of zeros has 0. `np.log2` is rounded and
-# may be off by one right below a power of two. Take `np.frexp(m)`, which returns (f, k) with
-# m = f * 2^k and 0.5 <= f < 1.
+# may be off by one right below a power of two. (MXFP8 is this; MXFP4 has e2m1 in place of e4m3,
+# two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign.) Take
+# `np.frexp(m)`, which returns (f, k) with m = f * 2^k and 0.5 <= f < 1.
 
 
 # %% answer="mx"
@@ -267,7 +270,8 @@ course.reveal("int3_db", int3_db, within=1 / int3_db)
 # Each bit is worth about 6 dB: it halves the steps. The next picture has all formats; `int4/128`
 # is int4 with one scale for 128 neighbours. Circles are the weights from above. Triangles are the
 # same with four *outliers*, weights 20 times as large as usual, which real models have. The two
-# numbers behind a name are the SQNRs of both. Dashed: integers of 2 to 8 bits.
+# numbers behind a name are the SQNRs of both. FP8 is e4m3 with a float32 scale; `int8/all` has
+# one scale for all weights. Dashed: integers of 2 to 8 bits.
 
 # %%
 outliers = weights.copy()
@@ -277,8 +281,8 @@ course.show(pictures.sqnr_against_bits({"normal": weights, "outliers": outliers}
 # %% [markdown]
 # Two lessons. **Who shares a scale matters.** One outlier stretches the scale of all its
 # neighbours: with one scale for everything, int8 falls far, with one for 128 only those near an
-# outlier suffer. **Floats take it lightly.** Their relative error is the same for large and small,
-# so e4m3 gains nothing from a better scale, and loses little from a bad one.
+# outlier suffer. **Floats take it lightly.** Their relative error is the same for large and
+# small, so e4m3 gains nothing from a better scale, and loses little from a bad one.
 #
 # ## 9. Do it in Triton: there and back in one kernel
 #
