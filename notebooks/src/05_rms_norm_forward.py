@@ -407,7 +407,7 @@ course.reveal("C")
 # 4. Divide by N, not by the tile; idle lanes hold 0; eps stands under the root.
 # 5. What is bound by bytes takes bytes divided by the speed of a copy.
 #
-# Next: [the list of lessons](../notebooks/README.md).
+# Next: [06 RMSNorm backward](06_rms_norm_backward.ipynb).
 
 # %%
 course.end()
