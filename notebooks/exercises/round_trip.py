@@ -26,6 +26,7 @@ def _sizes(name: str, M: int, K: int, levels: int) -> Workload:
 WORKLOADS = (
     _sizes("one_group", 1, 128, 127),
     _sizes("zero_groups", 3, 384, 127),
+    _sizes("ties", 2, 256, 127),
     _sizes("int4", 5, 256, 7),
     _sizes("int8", 7, 512, 127),
 )
@@ -40,8 +41,17 @@ class Zeros(Normal):
         return x.reshape(self.shape)
 
 
+class Halves(Normal):
+    """Whole numbers and a half, each group's scale 1: every one of them is a tie."""
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        x = rng.integers(-126, 126, self.shape).reshape(-1, GROUP) + 0.5
+        x[:, 0] = 127
+        return x.reshape(self.shape).astype(self.dtype)
+
+
 def inputs(work: Workload) -> dict:
-    kind = Zeros if work.name == "zero_groups" else Normal
+    kind = {"zero_groups": Zeros, "ties": Halves}.get(work.name, Normal)
     return {"x": kind((work["M"], work["K"]), "float32")}
 
 
