@@ -44,16 +44,16 @@ from notebooks._tracer import guarded, trace
 #     dw[n] = sum over rows of dy[n] * xh[n]
 #
 # **dx.** Let g[n] = dy[n] * w[n], the gradient of xh[n]. Now x[n] acts on two ways. On the short
-# one, xh[n] = x[n] * rstd, it gets g[n] * rstd. On the long one it changes rstd, and with it every
-# xh of the row: the derivative of rstd by x[n] is -rstd^3 * x[n] / N, and rstd gets the sum of
-# g[j] * x[j]. Add the two, and write xh for x * rstd:
+# one, xh[n] = x[n] * rstd, it gets g[n] * rstd. On the long one it changes rstd, and with it
+# every xh of the row: the derivative of rstd by x[n] is -rstd^3 * x[n] / N, and rstd gets the sum
+# of g[j] * x[j]. Add the two, and write xh for x * rstd:
 #
 #     dx[n] = rstd * (g[n] - xh[n] * mean of g[j] * xh[j])
 #
 # ### Predict
 #
-# x = [1, 7], w = [1, 1], eps = 0, and dy = [1, 7] too: the loss would grow if y became longer. What
-# is dx[0]? (Use the formula: rstd is 1/5. Or think: what does y do when x is doubled?)
+# x = [1, 7], w = [1, 1], eps = 0, and dy = [1, 7] too: the loss would grow if y became longer.
+# What is dx[0]? (Use the formula: rstd is 1/5. Or think: what does y do when x is doubled?)
 
 # %% answer="guess_dx"
 course.predict("dx", 0)
@@ -122,8 +122,9 @@ course.show(pictures.dependencies(formulas, places))
 
 # %% [markdown]
 # Read it as a kernel would. One row of x and dy, with w and rstd, is enough for that row of dx:
-# the program reads a row, sums along it, and writes dx. That is lesson 05 again. On the way it has
-# dy * xh, its row's share of dw, for nothing. But dw is complete only when every row was there.
+# the program reads a row, sums along it, and writes dx. That is lesson 05 again. On the way it
+# has dy * xh, its row's share of dw, for nothing. But dw is complete only when every row was
+# there.
 #
 # ### Saved or computed again?
 #
@@ -151,10 +152,10 @@ course.reveal("kilobytes", M * 4 / 1000, within=0.05)
 #
 # dw is a sum over rows that different programs own. Three ways:
 #
-# * **Everybody adds to dw.** Two programs read the same old value, both add, both store; one share
-#   is lost. You know this race from lesson 02.
-# * **Atomics.** `tl.atomic_add` reads, adds and stores in one step that nobody can divide. Nothing
-#   is lost. But the order is whoever comes first, and it is another one in every run.
+# * **Everybody adds to dw.** Two programs read the same old value, both add, both store; one
+#   share is lost. You know this race from lesson 02.
+# * **Atomics.** `tl.atomic_add` reads, adds and stores in one step that nobody can divide.
+#   Nothing is lost. But the order is whoever comes first, and may be another one in every run.
 # * **Two stages.** A few programs share the rows. Each keeps its own sum in registers while it
 #   walks, and stores it once, to a row of its own. A second kernel adds these rows in a fixed
 #   order.
@@ -176,8 +177,9 @@ course.reveal("large_first", float(large + one + one))
 course.reveal("small_first", float(one + one + large))
 
 # %% [markdown]
-# So a sum of floats depends on the order. Here are 132 partial sums of one dw, added in a thousand
-# different orders. None of the results is wrong, but which one you get is left to chance.
+# So a sum of floats depends on the order. Here are 132 partial sums of one dw, added in a
+# thousand different orders. None of the results is wrong, but which one you get is left to
+# chance.
 
 # %%
 shares = rng.standard_normal(132).astype(np.float32)
@@ -193,8 +195,8 @@ print(f"{len(results)} different results, from {min(results):.7f} to {max(result
 # ### The picture: two stages
 #
 # Column sums of 10 rows and 8 columns. Three programs share the rows: program p takes the rows p,
-# p + 3, p + 6, and so on. Then the two programs of a second kernel, A and B, add the three partial
-# rows; each has four columns.
+# p + 3, p + 6, and so on. Then the two programs of a second kernel, A and B, add the three
+# partial rows; each has four columns.
 
 
 # %% setup="yes"
@@ -239,9 +241,9 @@ course.show(pictures.two_stages(trace(column_sums, torch.ones(10, 8))))
 # %% [markdown]
 # ### Predict
 #
-# The GPU of our records has 132 multiprocessors, and one program for each. In float32 and for 4096
-# columns: how many megabytes do their partial sums have? And how many if every one of 16384 rows
-# stored its share?
+# The GPU of our records has 132 multiprocessors, and one program for each. In float32 and for
+# 4096 columns: how many megabytes do their partial sums have? And how many if every one of 16384
+# rows stored its share?
 
 # %% answer="guess_partial"
 course.predict("by_program", 2.16)
@@ -304,8 +306,9 @@ course.check("rms_norm_backward", triton=rms_norm_backward_triton)
 
 # %% [markdown]
 # dx and dw are both compared with float64. dw is judged as float32, although x and dy may be
-# float16: a dw that was summed in 16 bits does not get through. Bytes are counted, and so are
-# launches: two.
+# float16: a dw that was summed in 16 bits does not get through. Launches are counted, two of
+# them, and bytes: 1.19 times the least is right, because of the partial sums and of w for each
+# program.
 #
 # ## 5. Do it in Pallas
 #
