@@ -1,0 +1,350 @@
+"""Gradients of hybrid attention: two walks over the same tiles, each sum in one order.
+
+    delta = sum_d do * o - dlse      a kernel of its own, once
+    p  = exp(x - lse)                recomputed, as nothing of size T x T is kept
+    dx = p * (do @ v^T - delta)      * (1 - tanh^2) under a soft cap
+    dq = scale * dx @ k              a tile of queries stays, keys pass by
+    dk = scale * dx^T @ q            a tile of keys stays; the queries that can see it pass by, of
+    dv = p^T @ do                    all heads that share it
+
+A query that sees nothing has delta 0 and lse 0 here; tiles with one have their q and do zeroed, as
+tiles with such a key have their k.
+
+Twin: pallas_kernels/hybrid_attention_bwd.py.
+
+Sources: FlashAttention-2 (arXiv:2307.08691) for delta and for recomputing p; two kernels that each
+own what they write, in place of one that adds to dq atomically, are the Triton tutorial 06's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _lib
+from .hybrid_attention_tiles import (
+    LANES,
+    LOG2_E,
+    bounds,
+    load_tile,
+    lowest,
+    operand,
+    per_token,
+    readable,
+    scores,
+    store_tile,
+    visible,
+    walk,
+)
+
+
+@triton.jit
+def _hybrid_attention_delta_kernel(
+    o, do,  # [T, Hq, D]
+    lse_ptr,  # [Hq, T]
+    dlse_ptr,  # [Hq, T] or None
+    rows_ptr,  # [2, Hq, T]: lse in units of log 2, and delta
+    kv_start_ptr, kv_end_ptr, noise_id_ptr,
+    T, Hq, D,
+    block_m: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    mi, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
+    m = mi * block_m + tl.arange(0, block_m)
+    kv_start, kv_end, _ = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
+    live = kv_start < kv_end
+
+    # --- 2. main loop
+    o_tile = load_tile(o, h, mi * block_m, T, Hq, D, block_m, block_d, tma).to(tl.float32)
+    do_tile = load_tile(do, h, mi * block_m, T, Hq, D, block_m, block_d, tma).to(tl.float32)
+
+    # --- 3. epilogue
+    at = h.to(tl.int64) * T + m
+    delta = tl.sum(o_tile * do_tile, 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + at, mask=live, other=0.0)
+    lse = tl.load(lse_ptr + at, mask=live, other=0.0)
+
+    # --- 4. store
+    tl.store(rows_ptr + at, lse * LOG2_E, mask=m < T)
+    delta_ptr = rows_ptr + Hq.to(tl.int64) * T
+    tl.store(delta_ptr + at, tl.where(live, delta, 0.0), mask=m < T)
+
+
+@triton.jit
+def _differentiated(
+    s, dp, lse, delta, q_pos, k_pos, slope, scale, softcap, unit,
+    capped: tl.constexpr, biased: tl.constexpr,
+):  # fmt: skip
+    """(p, dx) of the products s = q . k and dp = do . v."""
+    x, bent = scores(s, q_pos, k_pos, slope, scale, softcap, capped, biased)
+    p = tl.exp2(x * unit - lse)
+    dx = p * (dp - delta)
+    if capped:
+        dx *= 1.0 - bent * bent
+    return p, dx
+
+
+@triton.jit
+def _visit_keys(
+    acc, q_tile, do_tile, k, v, bits, masked, steps, first,
+    kv_start, kv_end, q_noise, q_pos, lse, delta, slope,
+    kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+    h, T, H, D, scale, softcap, unit,
+    block_n: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
+    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr,
+    stages: tl.constexpr,
+):  # fmt: skip
+    """acc += dx @ k over the tiles of keys in `bits`; dead: some of them see nothing."""
+    for _ in tl.range(0, steps, num_stages=stages):
+        lane = lowest(bits)
+        bits = bits & (bits - 1)
+        n0 = (first + lane) * block_n
+        j = n0 + tl.arange(0, block_n)
+        k_tile = load_tile(k, h, n0, T, H, D, block_n, block_d, tma)
+        v_tile = load_tile(v, h, n0, T, H, D, block_n, block_d, tma)
+        s = tl.dot(q_tile, k_tile.T)  # [block_m, block_n]
+        dp = tl.dot(do_tile, v_tile.T)
+        k_pos = j
+        if biased:
+            k_pos = tl.load(token_pos_ptr + j, mask=j < T, other=0)
+        _, dx = _differentiated(
+            s, dp, lse[:, None], delta[:, None], q_pos[:, None], k_pos[None, :], slope,
+            scale, softcap, unit, capped, biased,
+        )  # fmt: skip
+        if ((masked >> lane) & 1) != 0:
+            noise = tl.load(noise_id_ptr + j, mask=j < T, other=-1)
+            seen = visible(
+                kv_start[:, None], kv_end[:, None], q_noise[:, None], j[None, :], noise[None, :]
+            )
+            dx = tl.where(seen, dx, 0.0)
+        if dead:
+            starts, ends, _ = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, j, T)
+            k_tile = tl.where((starts < ends)[:, None], k_tile, 0.0)
+        acc = tl.dot(dx.to(k_tile.dtype), k_tile, acc)
+    return acc
+
+
+@triton.jit
+def _hybrid_attention_dq_kernel(
+    q, k, v, do, dq,
+    rows_ptr, alibi_ptr,
+    kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr, tiles_ptr, order_ptr,
+    T, Hq, Hk, D, scale, softcap,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, stages: tl.constexpr,
+    capped: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    biased: tl.constexpr = alibi_ptr is not None
+    halves: tl.constexpr = 128 // block_m
+    i, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
+    mi = tl.load(order_ptr + i // halves) * halves + i % halves
+    m = mi * block_m + tl.arange(0, block_m)
+    kv_start, kv_end, noise_id = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
+    mine = bounds(tiles_ptr, mi, T, block_m // 64)
+    at = rows_ptr + h.to(tl.int64) * T + m
+    lse = tl.load(at, mask=m < T, other=0.0)
+    delta = tl.load(at + Hq.to(tl.int64) * T, mask=m < T, other=0.0)
+    q_pos, slope = m, 0.0
+    if biased:
+        q_pos = tl.load(token_pos_ptr + m, mask=m < T, other=0)
+        slope = tl.load(alibi_ptr + h)
+    unit = 1.0
+    if not (capped or biased):
+        unit = scale * LOG2_E
+
+    # --- 2. main loop
+    q_tile = load_tile(q, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
+    do_tile = load_tile(do, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
+    acc = tl.zeros((block_m, block_d), tl.float32)
+    begin, stop = tl.maximum(mine[0], 0) // block_n, tl.cdiv(tl.minimum(mine[3], T), block_n)
+    for first in tl.range(begin, stop, LANES, num_stages=1):
+        bits, masked, dead, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, block_n, False
+        )
+        acc = _visit_keys(
+            acc, q_tile, do_tile, k, v, dead, dead, counts // 256, first,
+            kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
+            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
+            block_n, block_d, tma, capped, biased, True, 1,
+        )  # fmt: skip
+        acc = _visit_keys(
+            acc, q_tile, do_tile, k, v, bits, masked, counts % 256, first,
+            kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
+            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
+            block_n, block_d, tma, capped, biased, False, stages,
+        )  # fmt: skip
+
+    # --- 3. epilogue
+    acc *= scale
+
+    # --- 4. store
+    store_tile(dq, acc, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
+
+
+@triton.jit
+def _visit_queries(
+    dk, dv, k_tile, v_tile, q, do, bits, masked, count, first,
+    j, k_noise, k_pos, hk, G,
+    rows_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+    T, H, D, scale, softcap, unit,
+    block_n: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
+    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr,
+    stages: tl.constexpr,
+):  # fmt: skip
+    """dk += dx^T @ q and dv += p^T @ do over the tiles of queries in `bits`, of G heads."""
+    h, left = hk * G, bits
+    for _ in tl.range(0, count * G, num_stages=stages):
+        lane = lowest(left)
+        m0 = (first + lane) * block_n
+        m = m0 + tl.arange(0, block_n)
+        q_tile = load_tile(q, h, m0, T, H, D, block_n, block_d, tma)
+        do_tile = load_tile(do, h, m0, T, H, D, block_n, block_d, tma)
+        at = rows_ptr + h.to(tl.int64) * T + m
+        lse = tl.load(at, mask=m < T, other=0.0)
+        delta = tl.load(at + H.to(tl.int64) * T, mask=m < T, other=0.0)
+        q_pos, slope = m, 0.0
+        if biased:
+            q_pos = tl.load(token_pos_ptr + m, mask=m < T, other=0)
+            slope = tl.load(alibi_ptr + h)
+        if dead:
+            starts, ends, _ = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
+            q_tile = tl.where((starts < ends)[:, None], q_tile, 0.0)
+            do_tile = tl.where((starts < ends)[:, None], do_tile, 0.0)
+        s = tl.dot(k_tile, q_tile.T)  # [block_m keys, block_n queries]
+        dp = tl.dot(v_tile, do_tile.T)
+        p, dx = _differentiated(
+            s, dp, lse[None, :], delta[None, :], q_pos[None, :], k_pos[:, None], slope,
+            scale, softcap, unit, capped, biased,
+        )  # fmt: skip
+        if ((masked >> lane) & 1) != 0:
+            kv_start, kv_end, noise = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
+            seen = visible(
+                kv_start[None, :], kv_end[None, :], noise[None, :], j[:, None], k_noise[:, None]
+            )
+            p, dx = tl.where(seen, p, 0.0), tl.where(seen, dx, 0.0)
+        dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
+        dk = tl.dot(dx.to(q_tile.dtype), q_tile, dk)
+        # The tiles of one head, and then again of the next: to the loads it is one loop.
+        left = left & (left - 1)
+        h = tl.where(left == 0, h + 1, h)
+        left = tl.where(left == 0, bits, left)
+    return dk, dv
+
+
+@triton.jit
+def _hybrid_attention_dkdv_kernel(
+    q, k, v, do, dk, dv,
+    rows_ptr, alibi_ptr,
+    kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr, tiles_ptr, order_ptr,
+    T, Hq, Hk, D, scale, softcap,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, stages: tl.constexpr,
+    capped: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    biased: tl.constexpr = alibi_ptr is not None
+    halves: tl.constexpr = 128 // block_m
+    i, hk = tl.program_id(0) // Hk, tl.program_id(0) % Hk
+    mi = tl.load(order_ptr + i // halves) * halves + i % halves
+    j = mi * block_m + tl.arange(0, block_m)
+    k_noise = tl.load(noise_id_ptr + j, mask=j < T, other=-1)
+    mine = bounds(tiles_ptr, mi, T, block_m // 64)
+    begin, stop = T, 0
+    for pair in tl.static_range(block_m // 64):
+        row = mi * (block_m // 64) + pair
+        there = row * 64 < T
+        begin = tl.minimum(begin, tl.load(tiles_ptr + row * 8 + 6, mask=there, other=T))
+        stop = tl.maximum(stop, tl.load(tiles_ptr + row * 8 + 7, mask=there, other=0))
+    k_pos = j
+    if biased:
+        k_pos = tl.load(token_pos_ptr + j, mask=j < T, other=0)
+    unit = 1.0
+    if not (capped or biased):
+        unit = scale * LOG2_E
+
+    # --- 2. main loop
+    k_tile = load_tile(k, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+    v_tile = load_tile(v, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+    dk_acc = tl.zeros((block_m, block_d), tl.float32)
+    dv_acc = tl.zeros((block_m, block_d), tl.float32)
+    begin, stop = tl.maximum(begin, 0) // block_n, tl.cdiv(tl.minimum(stop, T), block_n)
+    for first in tl.range(begin, stop, LANES, num_stages=1):
+        bits, masked, dead, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, block_n, True
+        )
+        dk_acc, dv_acc = _visit_queries(
+            dk_acc, dv_acc, k_tile, v_tile, q, do, dead, dead, counts // 256, first,
+            j, k_noise, k_pos, hk, Hq // Hk,
+            rows_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+            T, Hq, D, scale, softcap, unit,
+            block_n, block_d, tma, capped, biased, True, 1,
+        )  # fmt: skip
+        dk_acc, dv_acc = _visit_queries(
+            dk_acc, dv_acc, k_tile, v_tile, q, do, bits, masked, counts % 256, first,
+            j, k_noise, k_pos, hk, Hq // Hk,
+            rows_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+            T, Hq, D, scale, softcap, unit,
+            block_n, block_d, tma, capped, biased, False, stages,
+        )  # fmt: skip
+
+    # --- 3. epilogue
+    dk_acc *= scale
+
+    # --- 4. store
+    store_tile(dk, dk_acc, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+    store_tile(dv, dv_acc, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+
+
+def _fake_backward(q, k, v, o, lse, alibi, plan, do, dlse, scale, softcap, config):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+@_lib.opaque("hybrid_attention_bwd", _fake_backward)
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    alibi: Tensor | None,
+    plan: list[Tensor],
+    do: Tensor,
+    dlse: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: list[int],
+) -> list[Tensor]:
+    """[dq, dk, dv]; any strides. config: the fields of a Config for dq, then of one for dk, dv."""
+    (T, Hq, D), Hk = q.shape, k.shape[1]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if 0 in (T, Hq):
+        return [dq, dk.zero_(), dv.zero_()]
+    q, k, v, o, do = map(readable, (q, k, v, o, do))
+    lse, dlse, alibi = (None if x is None else x.contiguous() for x in (lse, dlse, alibi))
+    kv_start, kv_end, noise_id, _, _, token_pos, tiles, q_order, k_order = plan
+    of_tokens = kv_start, kv_end, noise_id
+    rows = q.new_empty((2, Hq, T), dtype=torch.float32)
+    block_d, tma, numbers = _lib.power_of_2(D), _lib.has_tma(), (T, Hq, Hk, D, scale, softcap)
+    with _lib.on_device(q):
+        _lib.check_gpu()
+        _hybrid_attention_delta_kernel[(_lib.cdiv(T, 64) * Hq,)](
+            operand(o, 64, block_d), operand(do, 64, block_d), lse, dlse, rows, *of_tokens,
+            T, Hq, D, 64, block_d, tma, num_warps=4,
+        )  # fmt: skip
+        for kernel, gradients, order, heads, (block_m, block_n, stages, warps) in (
+            (_hybrid_attention_dq_kernel, (dq,), q_order, Hq, config[:4]),
+            (_hybrid_attention_dkdv_kernel, (dk, dv), k_order, Hk, config[4:]),
+        ):
+            passing, staying = ((k, v), (q, do)) if len(gradients) == 1 else ((q, do), (k, v))
+            made = {id(x): operand(x, block_n, block_d) for x in passing}
+            made |= {id(x): operand(x, block_m, block_d) for x in staying}
+            kernel[(len(order) * (128 // block_m) * heads,)](
+                *(made[id(x)] for x in (q, k, v, do)),
+                *(operand(x, block_m, block_d) for x in gradients),
+                rows, alibi, *of_tokens, token_pos, tiles, order, *numbers,
+                block_m, block_n, block_d, stages, softcap > 0, tma,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+    return [dq, dk, dv]
