@@ -107,7 +107,7 @@ class HybridMeta(NamedTuple):
             _filled("max_segments", [m for _, m in segments], max_segments, PAD, np.int8),
             pos,
         )
-        hybrid_attention_check(made, int(cu[-1]))
+        check(made, int(cu[-1]))
         return made
 
     @classmethod
@@ -246,11 +246,8 @@ def _sorted(name: str, offsets: np.ndarray) -> None:
         )
 
 
-def hybrid_attention_check(meta: HybridMeta, tokens: int) -> None:
-    """Raises ValueError that names what is wrong in the values of meta, for debugging.
-
-    It copies meta to the host and waits for it: not for training loops. Raises TypeError under jit.
-    """
+def check(meta: HybridMeta, tokens: int) -> None:
+    """Raises ValueError that names what is wrong in the values of meta, TypeError under jit."""
     for name, x in zip(meta._fields, meta, strict=True):
         if isinstance(x, jax.core.Tracer):
             raise TypeError(f"{name}: expected an array with values, got a tracer")
@@ -428,24 +425,13 @@ def _hybrid_attention_order_kernel(
             x_gmem[place] = block
 
 
-def hybrid_plan(
-    meta: HybridMeta, *, tokens: int, window: int | None = None, config: Any = None
-) -> HybridPlan:
-    """The plan of a batch: once per batch and window, on the device, for all layers and passes.
-
-    meta: HybridMeta; its values are not looked at (see hybrid_attention_check).
-    tokens: T, as many as q has; a Python int.
-    window: how many of the last tokens one sees, itself included; None is all. An image sees all
-        of itself whatever the window.
-    config: of the attention; the plan does not depend on it.
-
-    Returns a HybridPlan. Raises ValueError for wrong shapes or a window below 1, TypeError for
-    wrong dtypes.
-    """
-    del config
+def plan_of(meta: HybridMeta, tokens: int, window: int | None) -> HybridPlan:
+    """hybrid_plan, without a Config."""
     _lib.check_static("tokens", tokens, (int,))
     if tokens < 0:
         raise ValueError(f"tokens: expected at least 0, got {tokens}")
+    if not isinstance(meta, HybridMeta):
+        raise TypeError(f"meta: expected a HybridMeta, got {type(meta).__name__}")
     reach = min(_reach(tokens, window), tokens + 1)
     _lib.check_array("cu_seqlens", meta.cu_seqlens, ("B + 1",), (jnp.int32,))
     _lib.check_array("seg_mode", meta.seg_mode, ("S",), (jnp.int8,))

@@ -1,0 +1,2 @@
+def backward(*a):
+    raise NotImplementedError

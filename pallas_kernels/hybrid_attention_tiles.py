@@ -1,0 +1,175 @@
+"""What the kernels of hybrid attention share: vectors by rows and columns, masks, what to walk over.
+
+    i sees j  iff  kv_start[i] <= j < kv_end[i]  and  i < q_end[j]
+          or, by keys,   q_start[j] <= i < q_end[j]
+
+The second line is the first: intervals grow with i, and what ends the interval of queries of an
+image under diffusion, its last token, is all that noise_id says of those behind it.
+
+Twin: triton_kernels/hybrid_attention_tiles.py.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import _lib
+from .hybrid_attention_plan import (
+    KV_END_MAX,
+    KV_END_MIN,
+    KV_START_MAX,
+    KV_START_MIN,
+    NOISE_MAX,
+    NOISE_MIN,
+    ORDERED,
+    Q_END_MAX,
+    Q_START_MIN,
+    TILE,
+)
+
+WARPGROUPS = 2  # compute warpgroups; one more loads
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40  # of a thread; three warpgroups have 512 together
+PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    reduction_scratch_bytes=0,  # rows alone are reduced, within warps
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
+LAYOUT = plgpu.Layout.WGMMA
+ROW, COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)  # one value for each row, for each column
+
+
+def load(ref: Any, start: Any, size: int, layout: Any) -> jax.Array:
+    """Part of a vector, in registers."""
+    return plgpu.load(ref.at[pl.ds(start, size)], layout=layout, optimized=False)
+
+
+def padded(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Bounds of tokens, up to a multiple of 128: those that are none see nothing."""
+    return tuple(_lib.pad(x, ORDERED) for x in arrays)
+
+
+def filled(shape: tuple[int, ...], value: float) -> jax.Array:
+    """float32 in registers, laid out as an accumulator or as one of its columns."""
+    layout = LAYOUT if len(shape) == 2 else ROW
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def across(x: jax.Array, columns: int) -> jax.Array:
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def down(x: jax.Array, rows: int) -> jax.Array:
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def within(start: jax.Array, stop: jax.Array, columns: int) -> jax.Array:
+    """[rows, columns] of bools: start <= column < stop, both [rows]."""
+    column = plgpu.broadcasted_iota(jnp.int32, (start.shape[0], columns), 1, layout=LAYOUT)
+    # One part of it is the same for all elements of a lane, the other known to the compiler:
+    # comparisons of the two take no registers.
+    of_lane, column = column & 6, column & ~6
+    start, stop = (across(x, columns) - of_lane for x in (start, stop))
+    return (column >= start) & (column < stop)
+
+
+def before(stop: jax.Array, rows: int) -> jax.Array:
+    """[rows, columns] of bools: row < stop[column]."""
+    row = plgpu.broadcasted_iota(jnp.int32, (rows, stop.shape[0]), 0, layout=LAYOUT)
+    return row < down(stop, rows)
+
+
+def clear_dead(
+    smems: tuple[Any, ...],
+    dead: Any,
+    first: Any,
+    start_gmem: Any,
+    stop_gmem: Any,
+    wg: Any,
+    met: Any,
+) -> None:
+    """Where `dead`: clears rows of tokens that see nothing, since 0 * NaN is not 0.
+
+    smems: [rows, D], of tokens from `first` on. The warpgroups share the rows, and meet.
+    """
+
+    @pl.when(dead)
+    def _() -> None:
+        for piece in range(smems[0].shape[0] // TILE):
+
+            @pl.when(wg == piece % WARPGROUPS)
+            def _(piece: int = piece) -> None:
+                start, stop = (
+                    load(x_gmem, first + piece * TILE, TILE, ROW)
+                    for x_gmem in (start_gmem, stop_gmem)
+                )
+                for smem in smems:
+                    rows = smem.at[pl.ds(piece * TILE, TILE)]
+                    x = plgpu.load(rows, layout=LAYOUT)
+                    alive = across(start, x.shape[1]) < across(stop, x.shape[1])
+                    rows[...] = jnp.where(alive, x, jnp.zeros_like(x))
+
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+
+class Tiles:
+    """The plan's minima and maxima over 64 tokens, and what follows for blocks of block_n."""
+
+    def __init__(self, tiles_gmem: Any, block_n: int):
+        self.gmem, self.block_n = tiles_gmem, block_n
+
+    def of(self, column: int, first: Any, count: int, pick: Any) -> Any:
+        """The least or greatest of a column over `count` tiles; those behind the last repeat it."""
+        last = self.gmem.shape[0] - 1
+        found = [self.gmem[jnp.minimum(first + i, last), column] for i in range(count)]
+        return functools.reduce(pick, found)
+
+    def of_block(self, column: int, ni: Any, pick: Any) -> Any:
+        count = self.block_n // TILE
+        return self.of(column, ni * count, count, pick)
+
+    def blocks(self, start: Any, stop: Any) -> tuple[Any, Any]:
+        """Blocks that have tokens of an interval, one at least, as [low, high)."""
+        low = jnp.where(start < stop, start // self.block_n, 0)
+        return low, jnp.maximum((stop + self.block_n - 1) // self.block_n, low + 1)
+
+    def keys_of(self, tile: Any, count: int) -> tuple[Any, Any]:
+        """Blocks of keys that `count` tiles of queries may see."""
+        start = self.of(KV_START_MIN, tile, count, jnp.minimum)
+        return self.blocks(start, self.of(KV_END_MAX, tile, count, jnp.maximum))
+
+    def queries_of(self, tile: Any, count: int) -> tuple[Any, Any]:
+        """Blocks of queries that may see one of `count` tiles of keys."""
+        start = self.of(Q_START_MIN, tile, count, jnp.minimum)
+        return self.blocks(start, self.of(Q_END_MAX, tile, count, jnp.maximum))
+
+    def seek(self, ni: Any, row: Any) -> Any:
+        """Block ni of keys, or that behind the image under diffusion in which it lies, if queries
+        from `row` on do not see it.
+
+        An image that follows at once is visited at its first block, and is masked there.
+        """
+        stop = self.of_block(Q_END_MAX, ni, jnp.maximum)
+        return jnp.where(stop <= row, jnp.maximum(ni + 1, stop // self.block_n), ni)
+
+    def seen(self, ni: Any, tile: Any) -> Any:
+        """Whether all of a tile of 64 queries see all of block ni of keys."""
+        n = ni * self.block_n
+        start, stop, low, high = (
+            self.of(column, tile, 1, None)
+            for column in (KV_START_MAX, KV_END_MIN, NOISE_MIN, NOISE_MAX)
+        )
+        least = self.of_block(NOISE_MIN, ni, jnp.minimum)
+        most = self.of_block(NOISE_MAX, ni, jnp.maximum)
+        clean = (most < 0) | ((least == most) & (low == most) & (high == most))
+        return (start <= n) & (n + self.block_n <= stop) & clean
+
+    def dead(self, ni: Any) -> Any:
+        """Whether block ni has tokens that see nothing, or that are none."""
+        return self.of_block(KV_END_MIN, ni, jnp.minimum) == 0
