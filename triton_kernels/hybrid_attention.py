@@ -5,7 +5,7 @@
     x[q, j] = scale * q[q, h] . k[j, h / G], soft-capped if asked, less slope[h] |pos[q] - pos[j]|
 
     for each tile of queries and head of this program, the longest first:
-        for the next 64 tiles of keys in its interval: which can be skipped, which need a mask
+        for the next 32 tiles of keys in its interval: which can be skipped, which need a mask
             for each of the others:
                 x = q @ k^T; mask it if it needs one
                 online softmax; acc += p @ v
@@ -59,6 +59,8 @@ from .hybrid_attention_plan import (
 from .hybrid_attention_tiles import (
     LANES,
     LOG2_E,
+    STRIP,
+    after,
     bounds,
     empty_lse,
     load_tile,
@@ -70,6 +72,7 @@ from .hybrid_attention_tiles import (
     store_tile,
     visible,
     walk,
+    zero_dead,
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -81,7 +84,7 @@ class Config:
     """Tile sizes and resources of the kernels; beyond the last bit the result ignores them.
 
     block_m: rows of the tile that a program keeps: queries, or keys for dk and dv. 64 or 128.
-    block_n: rows of the tiles it walks over. 64 or 128.
+    block_n: rows of the tiles it walks over. 32, 64 or 128.
     stages: tiles of the walk that are in flight or in use.
     warps: warps of a program.
     """
@@ -92,10 +95,10 @@ class Config:
     warps: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n"):
+        for name, sizes in (("block_m", (64, 128)), ("block_n", (32, 64, 128))):
             size = getattr(self, name)
-            if size not in (TILE, ORDERED):
-                raise ValueError(f"{name}: expected {TILE} or {ORDERED}, got {size}")
+            if size not in sizes:
+                raise ValueError(f"{name}: expected one of {sizes}, got {size}")
 
 
 def default_config(
@@ -103,29 +106,36 @@ def default_config(
 ) -> Config:
     """The Config for T tokens on a Hopper; which: "fwd", "dq", or "dkdv"."""
     del T, Hq, Hk, dtype
+    if D > 128:
+        # 64 rows and their float32 sums take 128 registers of each of 128 threads, two such sums
+        # the same of each of 256.
+        return Config(128, 64, 2, 8) if which == "fwd" else Config(64, 32, 2, 8)
+    # Two programs of 64 rows on a multiprocessor: one multiplies while the other exponentiates.
+    # More rows or fewer bytes in flight leave room for one; three would have 168 registers.
     if which == "fwd":
-        return Config()
+        return Config(64, 64, 3, 4)
     if which == "dq":
-        return Config()
-    return Config(stages=2)
+        return Config(64, 64, 2, 4)  # as many bytes: do stays too
+    # dk and dv take 128 registers, so that two tiles of scores have to be small.
+    return Config(64, 32, 2, 4)
 
 
 @triton.jit
 def _visit(
-    acc, row_sum, row_max, q_tile, k, v, bits, masked, steps, first,
+    acc, row_sum, row_max, q_tile, k, v, bits, masked, count, first,
     kv_start, kv_end, q_noise, q_pos, slope,
     kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
     h, T, H, D, scale, softcap, unit,
-    block_n: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
-    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr,
-    stages: tl.constexpr,
+    block_n: tl.constexpr, block_d: tl.constexpr, strips: tl.constexpr, tma: tl.constexpr,
+    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of keys in `bits`, from tile `first` on; dead: some of their tokens see nothing."""
-    block_m: tl.constexpr = q_tile.shape[0]
-    for _ in tl.range(0, steps, num_stages=stages):
+    """The `count` tiles of keys in `bits`, from tile `first` on, each in so many strips of block_n
+    rows. dead: some of their tokens see nothing."""
+    strip = 0
+    for _ in tl.range(0, count * strips, num_stages=stages):
         lane = lowest(bits)
-        bits = bits & (bits - 1)
-        n0 = (first + lane) * block_n
+        n0 = ((first + lane) * strips + strip) * block_n
+        bits, strip = after(bits, strip, strips)
         j = n0 + tl.arange(0, block_n)
         k_tile = load_tile(k, h, n0, T, H, D, block_n, block_d, tma)
         s = tl.dot(q_tile, k_tile.T)  # [block_m, block_n]
@@ -147,8 +157,7 @@ def _visit(
         row_sum = row_sum * shrink + tl.sum(p, 1)
         v_tile = load_tile(v, h, n0, T, H, D, block_n, block_d, tma)
         if dead:
-            starts, ends, _ = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, j, T)
-            v_tile = tl.where((starts < ends)[:, None], v_tile, 0.0)
+            v_tile = zero_dead(v_tile, kv_start_ptr, kv_end_ptr, j, T)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
         row_max = new_max
     return acc, row_sum, row_max
@@ -157,7 +166,7 @@ def _visit(
 @triton.jit
 def _hybrid_attention_kernel(
     q,  # [T, Hq, D]: a TMA descriptor of tiles of a head, or a pointer
-    k, v,  # [T, Hk, D]
+    k, v, k_strip, v_strip,  # [T, Hk, D]: tiles, and tiles of STRIP rows
     o,  # [T, Hq, D]
     lse_ptr,  # [Hq, T]
     alibi_ptr,  # [Hq] or None
@@ -170,6 +179,7 @@ def _hybrid_attention_kernel(
     # All heads of a tile side by side, those that share keys next to each other: they are in L2.
     biased: tl.constexpr = alibi_ptr is not None
     halves: tl.constexpr = 128 // block_m
+    wide: tl.constexpr = block_n if block_n > 64 else 64  # the plan knows no smaller tiles
     i, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
     mi = tl.load(order_ptr + i // halves) * halves + i % halves
     m = mi * block_m + tl.arange(0, block_m)
@@ -188,24 +198,32 @@ def _hybrid_attention_kernel(
     acc = tl.zeros((block_m, block_d), tl.float32)
     row_sum = tl.zeros((block_m,), tl.float32)
     row_max = tl.full((block_m,), float("-inf"), tl.float32)
-    begin, stop = tl.maximum(mine[0], 0) // block_n, tl.cdiv(tl.minimum(mine[3], T), block_n)
+    begin, stop = tl.maximum(mine[0], 0) // wide, tl.cdiv(tl.minimum(mine[3], T), wide)
+    dead_tiles = 0
     for first in tl.range(begin, stop, LANES, num_stages=1):
-        bits, masked, dead, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, block_n, False
+        bits, masked, _, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
         )
-        acc, row_sum, row_max = _visit(
-            acc, row_sum, row_max, q_tile, k, v, dead, dead, counts // 256, first,
-            kv_start, kv_end, noise_id, q_pos, slope,
-            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
-            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            block_n, block_d, tma, capped, biased, True, 1,
-        )  # fmt: skip
+        dead_tiles += counts // 256
         acc, row_sum, row_max = _visit(
             acc, row_sum, row_max, q_tile, k, v, bits, masked, counts % 256, first,
             kv_start, kv_end, noise_id, q_pos, slope,
             kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
             h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            block_n, block_d, tma, capped, biased, False, stages,
+            block_n, block_d, wide // block_n, tma, capped, biased, False, stages,
+        )  # fmt: skip
+    # Apart, so that what this needs of registers is not held above.
+    stop = tl.where(dead_tiles > 0, stop, begin)
+    for first in tl.range(begin, stop, LANES, num_stages=1):
+        _, _, dead, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
+        )
+        acc, row_sum, row_max = _visit(
+            acc, row_sum, row_max, q_tile, k_strip, v_strip, dead, dead, counts // 256, first,
+            kv_start, kv_end, noise_id, q_pos, slope,
+            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
+            STRIP, block_d, wide // STRIP, tma, capped, biased, True, 1,
         )  # fmt: skip
 
     # --- 3. epilogue
@@ -247,7 +265,8 @@ def _forward(
         tiling = Config(*config) if config else default_config(T, Hq, Hk, D, q.dtype)
         block_m, block_n, block_d = tiling.block_m, tiling.block_n, _lib.power_of_2(D)
         _hybrid_attention_kernel[(len(q_order) * (ORDERED // block_m) * Hq,)](
-            operand(q, block_m, block_d), operand(k, block_n, block_d), operand(v, block_n, block_d),
+            operand(q, block_m, block_d),
+            *(operand(x, rows, block_d) for rows in (block_n, STRIP.value) for x in (k, v)),
             operand(o, block_m, block_d), lse, None if alibi is None else alibi.contiguous(),
             kv_start, kv_end, noise_id, token_pos, tiles, q_order,
             T, Hq, Hk, D, scale, softcap,

@@ -16,7 +16,6 @@ Sources: FlashAttention-2 (arXiv:2307.08691) for delta and for recomputing p; tw
 own what they write, in place of one that adds to dq atomically, are the Triton tutorial 06's.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +24,10 @@ from . import _lib
 from .hybrid_attention_tiles import (
     LANES,
     LOG2_E,
+    STRIP,
+    after,
     bounds,
+    empty_lse,
     load_tile,
     lowest,
     operand,
@@ -35,6 +37,7 @@ from .hybrid_attention_tiles import (
     store_tile,
     visible,
     walk,
+    zero_dead,
 )
 
 
@@ -43,15 +46,16 @@ def _hybrid_attention_delta_kernel(
     o, do,  # [T, Hq, D]
     lse_ptr,  # [Hq, T]
     dlse_ptr,  # [Hq, T] or None
-    rows_ptr,  # [2, Hq, T]: lse in units of log 2, and delta
-    kv_start_ptr, kv_end_ptr, noise_id_ptr,
+    lse_2_ptr, delta_ptr,  # [Hq, T]: lse in units of log 2, and delta; 0 for what sees nothing
+    kv_start_ptr, kv_end_ptr,
     T, Hq, D,
     block_m: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     mi, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
     m = mi * block_m + tl.arange(0, block_m)
-    kv_start, kv_end, _ = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
+    kv_start = tl.load(kv_start_ptr + m, mask=m < T, other=0)
+    kv_end = tl.load(kv_end_ptr + m, mask=m < T, other=0)
     live = kv_start < kv_end
 
     # --- 2. main loop
@@ -59,15 +63,14 @@ def _hybrid_attention_delta_kernel(
     do_tile = load_tile(do, h, mi * block_m, T, Hq, D, block_m, block_d, tma).to(tl.float32)
 
     # --- 3. epilogue
-    at = h.to(tl.int64) * T + m
+    at = h * T + m  # an int32 can count Hq * T: q itself would be 256 GB
     delta = tl.sum(o_tile * do_tile, 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + at, mask=live, other=0.0)
     lse = tl.load(lse_ptr + at, mask=live, other=0.0)
 
     # --- 4. store
-    tl.store(rows_ptr + at, lse * LOG2_E, mask=m < T)
-    delta_ptr = rows_ptr + Hq.to(tl.int64) * T
+    tl.store(lse_2_ptr + at, lse * LOG2_E, mask=m < T)
     tl.store(delta_ptr + at, tl.where(live, delta, 0.0), mask=m < T)
 
 
@@ -87,19 +90,20 @@ def _differentiated(
 
 @triton.jit
 def _visit_keys(
-    acc, q_tile, do_tile, k, v, bits, masked, steps, first,
+    acc, q_tile, do_tile, k, v, bits, masked, count, first,
     kv_start, kv_end, q_noise, q_pos, lse, delta, slope,
     kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
     h, T, H, D, scale, softcap, unit,
-    block_n: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
-    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr,
-    stages: tl.constexpr,
+    block_n: tl.constexpr, block_d: tl.constexpr, strips: tl.constexpr, tma: tl.constexpr,
+    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """acc += dx @ k over the tiles of keys in `bits`; dead: some of them see nothing."""
-    for _ in tl.range(0, steps, num_stages=stages):
+    """acc += dx @ k over the `count` tiles of keys in `bits`, each in so many strips of block_n
+    rows. dead: some of them see nothing."""
+    strip = 0
+    for _ in tl.range(0, count * strips, num_stages=stages):
         lane = lowest(bits)
-        bits = bits & (bits - 1)
-        n0 = (first + lane) * block_n
+        n0 = ((first + lane) * strips + strip) * block_n
+        bits, strip = after(bits, strip, strips)
         j = n0 + tl.arange(0, block_n)
         k_tile = load_tile(k, h, n0, T, H, D, block_n, block_d, tma)
         v_tile = load_tile(v, h, n0, T, H, D, block_n, block_d, tma)
@@ -119,16 +123,15 @@ def _visit_keys(
             )
             dx = tl.where(seen, dx, 0.0)
         if dead:
-            starts, ends, _ = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, j, T)
-            k_tile = tl.where((starts < ends)[:, None], k_tile, 0.0)
+            k_tile = zero_dead(k_tile, kv_start_ptr, kv_end_ptr, j, T)
         acc = tl.dot(dx.to(k_tile.dtype), k_tile, acc)
     return acc
 
 
 @triton.jit
 def _hybrid_attention_dq_kernel(
-    q, k, v, do, dq,
-    rows_ptr, alibi_ptr,
+    q, do, k, v, k_strip, v_strip, dq,
+    lse_ptr, delta_ptr, alibi_ptr,
     kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr, tiles_ptr, order_ptr,
     T, Hq, Hk, D, scale, softcap,
     block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, stages: tl.constexpr,
@@ -137,14 +140,14 @@ def _hybrid_attention_dq_kernel(
     # --- 1. which tile
     biased: tl.constexpr = alibi_ptr is not None
     halves: tl.constexpr = 128 // block_m
+    wide: tl.constexpr = block_n if block_n > 64 else 64  # the plan knows no smaller tiles
     i, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
     mi = tl.load(order_ptr + i // halves) * halves + i % halves
     m = mi * block_m + tl.arange(0, block_m)
     kv_start, kv_end, noise_id = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
     mine = bounds(tiles_ptr, mi, T, block_m // 64)
-    at = rows_ptr + h.to(tl.int64) * T + m
-    lse = tl.load(at, mask=m < T, other=0.0)
-    delta = tl.load(at + Hq.to(tl.int64) * T, mask=m < T, other=0.0)
+    lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
+    delta = tl.load(delta_ptr + (h * T + m), mask=m < T, other=0.0)
     q_pos, slope = m, 0.0
     if biased:
         q_pos = tl.load(token_pos_ptr + m, mask=m < T, other=0)
@@ -157,24 +160,31 @@ def _hybrid_attention_dq_kernel(
     q_tile = load_tile(q, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
     do_tile = load_tile(do, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
     acc = tl.zeros((block_m, block_d), tl.float32)
-    begin, stop = tl.maximum(mine[0], 0) // block_n, tl.cdiv(tl.minimum(mine[3], T), block_n)
+    begin, stop = tl.maximum(mine[0], 0) // wide, tl.cdiv(tl.minimum(mine[3], T), wide)
+    dead_tiles = 0
     for first in tl.range(begin, stop, LANES, num_stages=1):
-        bits, masked, dead, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, block_n, False
+        bits, masked, _, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
         )
-        acc = _visit_keys(
-            acc, q_tile, do_tile, k, v, dead, dead, counts // 256, first,
-            kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
-            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
-            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            block_n, block_d, tma, capped, biased, True, 1,
-        )  # fmt: skip
+        dead_tiles += counts // 256
         acc = _visit_keys(
             acc, q_tile, do_tile, k, v, bits, masked, counts % 256, first,
             kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
             kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
             h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            block_n, block_d, tma, capped, biased, False, stages,
+            block_n, block_d, wide // block_n, tma, capped, biased, False, stages,
+        )  # fmt: skip
+    stop = tl.where(dead_tiles > 0, stop, begin)
+    for first in tl.range(begin, stop, LANES, num_stages=1):
+        _, _, dead, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
+        )
+        acc = _visit_keys(
+            acc, q_tile, do_tile, k_strip, v_strip, dead, dead, counts // 256, first,
+            kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
+            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
+            STRIP, block_d, wide // STRIP, tma, capped, biased, True, 1,
         )  # fmt: skip
 
     # --- 3. epilogue
@@ -187,32 +197,30 @@ def _hybrid_attention_dq_kernel(
 @triton.jit
 def _visit_queries(
     dk, dv, k_tile, v_tile, q, do, bits, masked, count, first,
-    j, k_noise, k_pos, hk, G,
-    rows_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+    q_start, q_end, k_pos, hk, G,
+    lse_ptr, delta_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, token_pos_ptr,
     T, H, D, scale, softcap, unit,
-    block_n: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
-    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr,
-    stages: tl.constexpr,
+    block_n: tl.constexpr, block_d: tl.constexpr, strips: tl.constexpr, tma: tl.constexpr,
+    capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """dk += dx^T @ q and dv += p^T @ do over the tiles of queries in `bits`, of G heads."""
-    h, left = hk * G, bits
-    for _ in tl.range(0, count * G, num_stages=stages):
+    """dk += dx^T @ q and dv += p^T @ do over the `count` tiles of queries in `bits`, of G heads,
+    each in so many strips of block_n rows. More than one: some of their tokens see nothing."""
+    h, left, strip = hk * G, bits, 0
+    for _ in tl.range(0, count * strips * G, num_stages=stages):
         lane = lowest(left)
-        m0 = (first + lane) * block_n
+        m0 = ((first + lane) * strips + strip) * block_n
         m = m0 + tl.arange(0, block_n)
         q_tile = load_tile(q, h, m0, T, H, D, block_n, block_d, tma)
         do_tile = load_tile(do, h, m0, T, H, D, block_n, block_d, tma)
-        at = rows_ptr + h.to(tl.int64) * T + m
-        lse = tl.load(at, mask=m < T, other=0.0)
-        delta = tl.load(at + H.to(tl.int64) * T, mask=m < T, other=0.0)
+        lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
+        delta = tl.load(delta_ptr + (h * T + m), mask=m < T, other=0.0)
         q_pos, slope = m, 0.0
         if biased:
             q_pos = tl.load(token_pos_ptr + m, mask=m < T, other=0)
             slope = tl.load(alibi_ptr + h)
         if dead:
-            starts, ends, _ = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
-            q_tile = tl.where((starts < ends)[:, None], q_tile, 0.0)
-            do_tile = tl.where((starts < ends)[:, None], do_tile, 0.0)
+            q_tile = zero_dead(q_tile, kv_start_ptr, kv_end_ptr, m, T)
+            do_tile = zero_dead(do_tile, kv_start_ptr, kv_end_ptr, m, T)
         s = tl.dot(k_tile, q_tile.T)  # [block_m keys, block_n queries]
         dp = tl.dot(v_tile, do_tile.T)
         p, dx = _differentiated(
@@ -220,15 +228,12 @@ def _visit_queries(
             scale, softcap, unit, capped, biased,
         )  # fmt: skip
         if ((masked >> lane) & 1) != 0:
-            kv_start, kv_end, noise = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
-            seen = visible(
-                kv_start[None, :], kv_end[None, :], noise[None, :], j[:, None], k_noise[:, None]
-            )
+            seen = (m[None, :] >= q_start[:, None]) & (m[None, :] < q_end[:, None])
             p, dx = tl.where(seen, p, 0.0), tl.where(seen, dx, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
         dk = tl.dot(dx.to(q_tile.dtype), q_tile, dk)
         # The tiles of one head, and then again of the next: to the loads it is one loop.
-        left = left & (left - 1)
+        left, strip = after(left, strip, strips)
         h = tl.where(left == 0, h + 1, h)
         left = tl.where(left == 0, bits, left)
     return dk, dv
@@ -236,9 +241,9 @@ def _visit_queries(
 
 @triton.jit
 def _hybrid_attention_dkdv_kernel(
-    q, k, v, do, dk, dv,
-    rows_ptr, alibi_ptr,
-    kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr, tiles_ptr, order_ptr,
+    k, v, q, do, q_strip, do_strip, dk, dv,
+    lse_ptr, delta_ptr, alibi_ptr,
+    kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr, tiles_ptr, order_ptr,
     T, Hq, Hk, D, scale, softcap,
     block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, stages: tl.constexpr,
     capped: tl.constexpr, tma: tl.constexpr,
@@ -246,10 +251,13 @@ def _hybrid_attention_dkdv_kernel(
     # --- 1. which tile
     biased: tl.constexpr = alibi_ptr is not None
     halves: tl.constexpr = 128 // block_m
+    wide: tl.constexpr = block_n if block_n > 64 else 64  # the plan knows no smaller tiles
     i, hk = tl.program_id(0) // Hk, tl.program_id(0) % Hk
     mi = tl.load(order_ptr + i // halves) * halves + i % halves
     j = mi * block_m + tl.arange(0, block_m)
-    k_noise = tl.load(noise_id_ptr + j, mask=j < T, other=-1)
+    # Whose pairs are masked: a key is seen by one interval of queries, whatever its noise.
+    q_start = tl.load(q_start_ptr + j, mask=j < T, other=0)
+    q_end = tl.load(q_end_ptr + j, mask=j < T, other=0)
     mine = bounds(tiles_ptr, mi, T, block_m // 64)
     begin, stop = T, 0
     for pair in tl.static_range(block_m // 64):
@@ -269,24 +277,31 @@ def _hybrid_attention_dkdv_kernel(
     v_tile = load_tile(v, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
     dk_acc = tl.zeros((block_m, block_d), tl.float32)
     dv_acc = tl.zeros((block_m, block_d), tl.float32)
-    begin, stop = tl.maximum(begin, 0) // block_n, tl.cdiv(tl.minimum(stop, T), block_n)
+    begin, stop = tl.maximum(begin, 0) // wide, tl.cdiv(tl.minimum(stop, T), wide)
+    dead_tiles = 0
     for first in tl.range(begin, stop, LANES, num_stages=1):
-        bits, masked, dead, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, block_n, True
+        bits, masked, _, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, True
         )
-        dk_acc, dv_acc = _visit_queries(
-            dk_acc, dv_acc, k_tile, v_tile, q, do, dead, dead, counts // 256, first,
-            j, k_noise, k_pos, hk, Hq // Hk,
-            rows_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
-            T, Hq, D, scale, softcap, unit,
-            block_n, block_d, tma, capped, biased, True, 1,
-        )  # fmt: skip
+        dead_tiles += counts // 256
         dk_acc, dv_acc = _visit_queries(
             dk_acc, dv_acc, k_tile, v_tile, q, do, bits, masked, counts % 256, first,
-            j, k_noise, k_pos, hk, Hq // Hk,
-            rows_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+            q_start, q_end, k_pos, hk, Hq // Hk,
+            lse_ptr, delta_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, token_pos_ptr,
             T, Hq, D, scale, softcap, unit,
-            block_n, block_d, tma, capped, biased, False, stages,
+            block_n, block_d, wide // block_n, tma, capped, biased, False, stages,
+        )  # fmt: skip
+    stop = tl.where(dead_tiles > 0, stop, begin)
+    for first in tl.range(begin, stop, LANES, num_stages=1):
+        _, _, dead, counts = walk(
+            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, True
+        )
+        dk_acc, dv_acc = _visit_queries(
+            dk_acc, dv_acc, k_tile, v_tile, q_strip, do_strip, dead, dead, counts // 256, first,
+            q_start, q_end, k_pos, hk, Hq // Hk,
+            lse_ptr, delta_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, token_pos_ptr,
+            T, Hq, D, scale, softcap, unit,
+            STRIP, block_d, wide // STRIP, tma, capped, biased, True, 1,
         )  # fmt: skip
 
     # --- 3. epilogue
@@ -323,27 +338,28 @@ def backward(
         return [dq, dk.zero_(), dv.zero_()]
     q, k, v, o, do = map(readable, (q, k, v, o, do))
     lse, dlse, alibi = (None if x is None else x.contiguous() for x in (lse, dlse, alibi))
-    kv_start, kv_end, noise_id, _, _, token_pos, tiles, q_order, k_order = plan
-    of_tokens = kv_start, kv_end, noise_id
-    rows = q.new_empty((2, Hq, T), dtype=torch.float32)
+    kv_start, kv_end, noise_id, q_start, q_end, token_pos, tiles, q_order, k_order = plan
+    lse_2, delta = empty_lse(q), empty_lse(q)
     block_d, tma, numbers = _lib.power_of_2(D), _lib.has_tma(), (T, Hq, Hk, D, scale, softcap)
     with _lib.on_device(q):
         _lib.check_gpu()
         _hybrid_attention_delta_kernel[(_lib.cdiv(T, 64) * Hq,)](
-            operand(o, 64, block_d), operand(do, 64, block_d), lse, dlse, rows, *of_tokens,
+            operand(o, 64, block_d), operand(do, 64, block_d), lse, dlse, lse_2, delta,
+            kv_start, kv_end,
             T, Hq, D, 64, block_d, tma, num_warps=4,
         )  # fmt: skip
-        for kernel, gradients, order, heads, (block_m, block_n, stages, warps) in (
-            (_hybrid_attention_dq_kernel, (dq,), q_order, Hq, config[:4]),
-            (_hybrid_attention_dkdv_kernel, (dk, dv), k_order, Hk, config[4:]),
-        ):
-            passing, staying = ((k, v), (q, do)) if len(gradients) == 1 else ((q, do), (k, v))
-            made = {id(x): operand(x, block_n, block_d) for x in passing}
-            made |= {id(x): operand(x, block_m, block_d) for x in staying}
+        for kernel, staying, passing, gradients, of_rows, order, heads, tiling in (
+            (_hybrid_attention_dq_kernel, (q, do), (k, v), (dq,), (noise_id,), q_order, Hq,
+             config[:4]),
+            (_hybrid_attention_dkdv_kernel, (k, v), (q, do), (dk, dv), (q_start, q_end), k_order, Hk,
+             config[4:]),
+        ):  # fmt: skip
+            block_m, block_n, stages, warps = tiling
             kernel[(len(order) * (128 // block_m) * heads,)](
-                *(made[id(x)] for x in (q, k, v, do)),
+                *(operand(x, block_m, block_d) for x in staying),
+                *(operand(x, size, block_d) for size in (block_n, STRIP.value) for x in passing),
                 *(operand(x, block_m, block_d) for x in gradients),
-                rows, alibi, *of_tokens, token_pos, tiles, order, *numbers,
+                lse_2, delta, alibi, kv_start, kv_end, *of_rows, token_pos, tiles, order, *numbers,
                 block_m, block_n, block_d, stages, softcap > 0, tma,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the three walks over tiles share: which tiles, whose pairs, what scores, from where.
 
     bounds    of the tile that stays, from the plan: six numbers
-    walk      which of the next 64 tiles to visit, as bits: clear ones need no mask, some a mask,
+    walk      which of the next 32 tiles to visit, as bits: clear ones need no mask, some a mask,
               and those with dead tokens zeros too, as 0 * NaN is NaN
     lowest    the next of them
     visible   the pairs of two tiles, where a mask is needed
@@ -20,7 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import _lib
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LANES = tl.constexpr(64)  # tiles that one look at the plan classifies: the bits of an int64
+STRIP = tl.constexpr(16)  # rows of a step through a tile with dead tokens, which takes registers
+LANES = tl.constexpr(32)  # tiles that one look at the plan classifies: the bits of an int32
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def walk(
     own = (k_loud < 0) | (noise & (q_quiet == k_quiet) & (q_loud == k_quiet))
     clear = (q_top <= key) & (q_least >= key + width) & own
     alive = other[2] > 0
-    bit = tl.full((LANES,), 1, tl.int64) << lane.to(tl.int64)
+    bit = tl.full((LANES,), 1, tl.int32) << lane
     return tl.reduce(
         (
             tl.where(visit & alive, bit, 0),
@@ -95,11 +96,27 @@ def lowest(bits):
 
 
 @triton.jit
+def after(bits, strip, strips: tl.constexpr):
+    """(bits, strip) of the next step: the next strip of the tile, or the next tile."""
+    strip += 1
+    bits = tl.where(strip == strips, bits & (bits - 1), bits)
+    return bits, tl.where(strip == strips, 0, strip)
+
+
+@triton.jit
 def per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, t, T):
     """kv_start, kv_end and noise_id of tokens t; those past the last see nothing."""
     kv_start = tl.load(kv_start_ptr + t, mask=t < T, other=0)
     kv_end = tl.load(kv_end_ptr + t, mask=t < T, other=0)
     return kv_start, kv_end, tl.load(noise_id_ptr + t, mask=t < T, other=-1)
+
+
+@triton.jit
+def zero_dead(tile, kv_start_ptr, kv_end_ptr, t, T):
+    """tile [tokens, D] with zeros for tokens that see nothing: what their memory holds is no number."""
+    kv_start = tl.load(kv_start_ptr + t, mask=t < T, other=0)
+    kv_end = tl.load(kv_end_ptr + t, mask=t < T, other=0)
+    return tl.where((kv_start < kv_end)[:, None], tile, 0.0)
 
 
 @triton.jit
