@@ -43,11 +43,6 @@ def bounds(tiles_ptr, i, T, pair: tl.constexpr):
 
 
 @triton.jit
-def _sums(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
 def walk(
     tiles_ptr, stays, at, first, last, T,
     block_m: tl.constexpr, block_n: tl.constexpr, of_queries: tl.constexpr,
@@ -76,16 +71,10 @@ def walk(
     clear = (q_top <= key) & (q_least >= key + width) & own
     alive = other[2] > 0
     bit = tl.full((LANES,), 1, tl.int32) << lane
-    return tl.reduce(
-        (
-            tl.where(visit & alive, bit, 0),
-            tl.where(visit & alive & ~clear, bit, 0),
-            tl.where(visit & ~alive, bit, 0),
-            tl.where(visit, tl.where(alive, 1, 256), 0),
-        ),
-        0,
-        _sums,
-    )
+    masked = tl.sum(tl.where(visit & alive & ~clear, bit, 0), 0)
+    dead = tl.sum(tl.where(visit & ~alive, bit, 0), 0)
+    counts = tl.sum(tl.where(visit, tl.where(alive, 1, 256), 0), 0)
+    return tl.sum(tl.where(visit & alive, bit, 0), 0), masked, dead, counts
 
 
 @triton.jit
