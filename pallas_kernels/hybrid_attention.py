@@ -45,19 +45,18 @@ from .hybrid_attention_plan import ORDERED, TILE, HybridMeta, HybridPlan, check,
 from .hybrid_attention_tiles import (
     COMPUTE_REGISTERS,
     COLUMN,
+    LAYOUT,
     MEMORY_REGISTERS,
     PARAMS,
     ROW,
     WARPGROUPS,
     Tiles,
     across,
-    before,
     clear_dead,
     down,
     filled,
     load,
     padded,
-    within,
 )
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -108,7 +107,7 @@ def _hybrid_attention_kernel(
 ) -> None:
     given = iter(refs)
     q_gmem, k_gmem, v_gmem = (next(given) for _ in range(3))  # [T, heads, D]
-    kv_start_gmem, kv_end_gmem, q_end_gmem, pos_gmem = (next(given) for _ in range(4))  # [T]
+    kv_start_gmem, kv_end_gmem, q_start_gmem, q_end_gmem, pos_gmem = (next(given) for _ in range(5))  # [T]
     tiles_gmem, order_gmem = next(given), next(given)
     alibi_gmem = next(given) if biased else None  # [Hq]
     o_gmem, lse_gmem = next(given), next(given)  # [T, Hq, D], [Hq, T]
@@ -130,7 +129,7 @@ def _hybrid_attention_kernel(
     def place(item: Any) -> Any:
         # --- 1. which tile
         mi = order_gmem[item.index[0]]
-        low, high = tiles.keys_of(mi * ORDERED // TILE, ORDERED // TILE)
+        low, high = tiles.keys_of(mi * WARPGROUPS, WARPGROUPS)
         return mi, item.index[1], jnp.minimum(tiles.seek(low, mi * ORDERED), high - 1), high
 
     def slot_of(step: Any) -> Any:
@@ -184,13 +183,12 @@ def _hybrid_attention_kernel(
         def _item(item: Any, *, carry: Any) -> Any:
             mi, h, first, high = place(item)
             row = mi * ORDERED + wg * TILE
-            kv_start, kv_end = (load(x, row, TILE, ROW) for x in (kv_start_gmem, kv_end_gmem))
 
             def masked(x: jax.Array, ni: Any) -> jax.Array:
                 n = ni * block_n
-                seen = within(kv_start - n, kv_end - n, block_n)
-                seen = seen & before(load(q_end_gmem, n, block_n, COLUMN) - row, TILE)
-                return jnp.where(seen, x, -jnp.inf)
+                i = row + plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=LAYOUT)
+                x = jnp.where(i >= down(load(q_start_gmem, n, block_n, COLUMN), TILE), x, -jnp.inf)
+                return jnp.where(i < down(load(q_end_gmem, n, block_n, COLUMN), TILE), x, -jnp.inf)
 
             def softmax(x: jax.Array, ni: Any, row_max: Any, row_sum: Any) -> Any:
                 """(p, the new row_max and row_sum, what the old sums are to be multiplied by)"""
@@ -360,7 +358,7 @@ def _forward(
         compiler_params=PARAMS,
         kernel_name="hybrid_attention_kernel",
     )(
-        q, k, v, *padded(plan.kv_start, plan.kv_end, plan.q_end, plan.token_pos),
+        q, k, v, *padded(plan.kv_start, plan.kv_end, plan.q_start, plan.q_end, plan.token_pos),
         plan.tiles, plan.q_order, *([] if alibi is None else [alibi]),
     )  # fmt: skip
     return _lib.vary_alike(o, lse[:, :T], q)[:2]

@@ -67,51 +67,31 @@ def down(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def within(start: jax.Array, stop: jax.Array, columns: int) -> jax.Array:
-    """[rows, columns] of bools: start <= column < stop, both [rows]."""
-    column = plgpu.broadcasted_iota(jnp.int32, (start.shape[0], columns), 1, layout=LAYOUT)
-    # One part of it is the same for all elements of a lane, the other known to the compiler:
-    # comparisons of the two take no registers.
-    of_lane, column = column & 6, column & ~6
-    start, stop = (across(x, columns) - of_lane for x in (start, stop))
-    return (column >= start) & (column < stop)
-
-
-def before(stop: jax.Array, rows: int) -> jax.Array:
-    """[rows, columns] of bools: row < stop[column]."""
-    row = plgpu.broadcasted_iota(jnp.int32, (rows, stop.shape[0]), 0, layout=LAYOUT)
-    return row < down(stop, rows)
-
-
 def clear_dead(
-    smems: tuple[Any, ...],
-    dead: Any,
-    first: Any,
-    start_gmem: Any,
-    stop_gmem: Any,
-    wg: Any,
-    met: Any,
+    smems: tuple[Any, ...], dead: Any, first: Any, start_gmem: Any, stop_gmem: Any, wg: Any, met: Any
 ) -> None:
     """Where `dead`: clears rows of tokens that see nothing, since 0 * NaN is not 0.
 
     smems: [rows, D], of tokens from `first` on. The warpgroups share the rows, and meet.
     """
+    rows, D = smems[0].shape
+    columns = 64 if D % 64 == 0 else 32
 
     @pl.when(dead)
     def _() -> None:
-        for piece in range(smems[0].shape[0] // TILE):
+        @pl.loop(wg, rows // TILE, step=WARPGROUPS)
+        def _(piece: Any) -> None:
+            at = piece * TILE
+            start, stop = (load(x, first + at, TILE, ROW) for x in (start_gmem, stop_gmem))
+            alive = across(start, columns) < across(stop, columns)
 
-            @pl.when(wg == piece % WARPGROUPS)
-            def _(piece: int = piece) -> None:
-                start, stop = (
-                    load(x_gmem, first + piece * TILE, TILE, ROW)
-                    for x_gmem in (start_gmem, stop_gmem)
-                )
+            # A few columns at a time: the accumulators have the registers.
+            @pl.loop(0, D // columns)
+            def _(i: Any) -> None:
                 for smem in smems:
-                    rows = smem.at[pl.ds(piece * TILE, TILE)]
-                    x = plgpu.load(rows, layout=LAYOUT)
-                    alive = across(start, x.shape[1]) < across(stop, x.shape[1])
-                    rows[...] = jnp.where(alive, x, jnp.zeros_like(x))
+                    part = smem.at[pl.ds(at, TILE), pl.ds(i * columns, columns)]
+                    x = plgpu.load(part, layout=LAYOUT)
+                    part[...] = jnp.where(alive, x, jnp.zeros_like(x))
 
         plgpu.commit_smem()
         plgpu.barrier_arrive(met)
