@@ -340,7 +340,7 @@ def hybrid_attention_bwd(
     res: as hybrid_attention_fwd returns it. do [T, Hq, D]: the cotangent of o; dlse [Hq, T] that of
     lse, None for zeros. config: tiles of dq, and of dk and dv.
     """
-    q, k, v, o, lse, alibi, *plan = res
+    q, k, v, _, lse, alibi, *plan = res
     _check(q, k, v, HybridPlan(*plan), softcap, alibi, config)
     _lib.check_tensor("do", do, tuple(q.shape), (q.dtype,))
     if dlse is not None:
@@ -402,12 +402,19 @@ def hybrid_attention(
     config: tiles of this call; gradients take their own defaults.
 
     A token that sees nothing has o 0 and lse -inf, zero gradients, and memory that does not matter.
+    NaN or infinity of a token that does may reach all queries of the tiles that see it.
     Differentiable once, through o and lse.
 
     Raises TypeError for dtypes and ValueError for shapes, devices and a scale that is not above 0,
     naming the argument; NotImplementedError on a GPU older than Ampere.
     """
+    _check_plan(plan)
     return _HybridAttention.apply(q, k, v, scale, softcap, alibi, config, *plan)
+
+
+def _check_plan(plan: HybridPlan) -> None:
+    if not isinstance(plan, HybridPlan):
+        raise TypeError(f"plan: expected a HybridPlan, got {type(plan).__name__}")
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -435,8 +442,7 @@ def _check(q, k, v, plan, softcap, alibi, config):
     if Hk == 0 or Hq % Hk:
         raise ValueError(f"k: expected heads that divide the Hq = {Hq} of q, got {Hk}")
     _lib.check_tensor("v", v, (T, Hk, D), (q.dtype,))
-    if not isinstance(plan, HybridPlan):
-        raise TypeError(f"plan: expected a HybridPlan, got {type(plan).__name__}")
+    _check_plan(plan)
     shapes = {"tiles": (_lib.cdiv(T, TILE), 8)}
     shapes |= dict.fromkeys(("q_order", "k_order"), (_lib.cdiv(T, ORDERED),))
     for name, x in plan._asdict().items():

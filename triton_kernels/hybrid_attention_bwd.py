@@ -349,10 +349,10 @@ def backward(
             T, Hq, D, 64, block_d, tma, num_warps=4,
         )  # fmt: skip
         for kernel, staying, passing, gradients, of_rows, order, heads, tiling in (
-            (_hybrid_attention_dq_kernel, (q, do), (k, v), (dq,), (noise_id,), q_order, Hq,
-             config[:4]),
-            (_hybrid_attention_dkdv_kernel, (k, v), (q, do), (dk, dv), (q_start, q_end), k_order, Hk,
-             config[4:]),
+            (_hybrid_attention_dq_kernel, (q, do), (k, v), (dq,), (noise_id,),
+             q_order, Hq, config[:4]),
+            (_hybrid_attention_dkdv_kernel, (k, v), (q, do), (dk, dv), (q_start, q_end),
+             k_order, Hk, config[4:]),
         ):  # fmt: skip
             block_m, block_n, stages, warps = tiling
             kernel[(len(order) * (128 // block_m) * heads,)](

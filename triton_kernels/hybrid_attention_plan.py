@@ -269,7 +269,7 @@ class HybridPlan(NamedTuple):
     tiles [ceil(T / 64), 8], each of 64 tokens: the least and largest kv_start, kv_end and noise_id,
     the least q_start, the largest q_end. A tile with a token that sees nothing has T and 0 for the
     largest kv_start and the least kv_end: no tile of keys is free of a mask, to it.
-    q_order, k_order [ceil(T / 128)]: tiles of queries, and of keys, with the longest interval first.
+    q_order, k_order [ceil(T / 128)]: tiles of queries, and of keys, the longest interval first.
     """
 
     kv_start: Tensor

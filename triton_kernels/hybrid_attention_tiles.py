@@ -102,7 +102,7 @@ def per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, t, T):
 
 @triton.jit
 def zero_dead(tile, kv_start_ptr, kv_end_ptr, t, T):
-    """tile [tokens, D] with zeros for tokens that see nothing: what their memory holds is no number."""
+    """tile [tokens, D] with zeros for tokens that see nothing: their memory may hold NaN."""
     kv_start = tl.load(kv_start_ptr + t, mask=t < T, other=0)
     kv_end = tl.load(kv_end_ptr + t, mask=t < T, other=0)
     return tl.where((kv_start < kv_end)[:, None], tile, 0.0)
