@@ -29,7 +29,6 @@ of their intervals follow Tokamax's attention; what is seen is BAGEL's mask.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,23 +44,24 @@ from .hybrid_attention_plan import ORDERED, TILE, HybridMeta, HybridPlan, check,
 from .hybrid_attention_tiles import (
     COMPUTE_REGISTERS,
     COLUMN,
-    LAYOUT,
+    LOG2E,
     MEMORY_REGISTERS,
     PARAMS,
     ROW,
     WARPGROUPS,
     Tiles,
     across,
+    aligned,
+    capped,
     clear_dead,
-    down,
     filled,
     load,
     padded,
+    visible,
 )
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_DIMS = (64, 96, 128, 256)
-LOG2E = math.log2(math.e)
 TURNS = True  # whether the warpgroups multiply in turns
 
 
@@ -69,7 +69,8 @@ TURNS = True  # whether the warpgroups multiply in turns
 class Config:
     """Tile sizes and resources of the kernels; the result does not depend on them.
 
-    block_m: rows of the tile that a block of threads owns, 64 for each compute warpgroup: 128.
+    block_m: rows of the tile that a block of threads owns: queries, or keys for dk and dv. 128, or
+        64 for dk and dv: then the warpgroups share the rows, and part the columns.
     block_n: rows of a slot of what it walks over.
     stages: slots of each ring.
     """
@@ -79,8 +80,8 @@ class Config:
     stages: int = 2
 
     def __post_init__(self) -> None:
-        if self.block_m != ORDERED:
-            raise ValueError(f"block_m: expected {ORDERED}, got {self.block_m}")
+        if self.block_m not in (64, 128):
+            raise ValueError(f"block_m: expected 64 or 128, got {self.block_m}")
         if self.block_n not in (64, 128):
             raise ValueError(f"block_n: expected 64 or 128, got {self.block_n}")
         if self.stages < 1:
@@ -94,8 +95,11 @@ def default_config(T: int, Hq: int, Hk: int, D: int, dtype: Any, which: str = "f
         # Scores and o take 128 registers of a thread, whatever D is; q and two slots each of k and
         # v fill shared memory.
         return Config(block_n=64 if D > 128 else 128)
-    # Two accumulators as wide as D leave room for scores of 64 columns.
-    return Config(block_n=64, stages=1 if D > 128 else 2)
+    # Beside accumulators as wide as D, or two, there is room for scores and their gradients of 64
+    # columns each.
+    if which == "dq":
+        return Config(block_n=64, stages=1 if D > 128 else 2)
+    return Config(block_m=64 if D > 128 else 128, block_n=64, stages=1 if D > 128 else 3)
 
 
 def _hybrid_attention_kernel(
@@ -107,7 +111,9 @@ def _hybrid_attention_kernel(
 ) -> None:
     given = iter(refs)
     q_gmem, k_gmem, v_gmem = (next(given) for _ in range(3))  # [T, heads, D]
-    kv_start_gmem, kv_end_gmem, q_start_gmem, q_end_gmem, pos_gmem = (next(given) for _ in range(5))  # [T]
+    kv_start_gmem, kv_end_gmem, q_start_gmem, q_end_gmem, pos_gmem = (
+        next(given) for _ in range(5)
+    )  # [T]
     tiles_gmem, order_gmem = next(given), next(given)
     alibi_gmem = next(given) if biased else None  # [Hq]
     o_gmem, lse_gmem = next(given), next(given)  # [T, Hq, D], [Hq, T]
@@ -185,31 +191,21 @@ def _hybrid_attention_kernel(
             row = mi * ORDERED + wg * TILE
 
             def masked(x: jax.Array, ni: Any) -> jax.Array:
-                n = ni * block_n
-                i = row + plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=LAYOUT)
-                x = jnp.where(i >= down(load(q_start_gmem, n, block_n, COLUMN), TILE), x, -jnp.inf)
-                return jnp.where(i < down(load(q_end_gmem, n, block_n, COLUMN), TILE), x, -jnp.inf)
+                start, stop = (
+                    load(x_gmem, ni * block_n, block_n, COLUMN)
+                    for x_gmem in (q_start_gmem, q_end_gmem)
+                )
+                return jnp.where(visible(row, start, stop, TILE), x, -jnp.inf)
 
             def softmax(x: jax.Array, ni: Any, row_max: Any, row_sum: Any) -> Any:
                 """(p, the new row_max and row_sum, what the old sums are to be multiplied by)"""
-                if softcap:
-                    x = (softcap * LOG2E) * jnp.tanh(x * (scale / softcap))
-                elif biased:
-                    x = x * (scale * LOG2E)
-                if biased:
-                    pos, theirs = (
-                        load(pos_gmem, start, size, layout)
-                        for start, size, layout in (
-                            (row, TILE, ROW),
-                            (ni * block_n, block_n, COLUMN),
-                        )
-                    )
-                    apart = jnp.abs(across(pos, block_n) - down(theirs, TILE))
-                    x = x - (alibi_gmem[h] * LOG2E) * apart.astype(jnp.float32)
+                slope = pos = theirs = None
+                if alibi_gmem is not None:
+                    slope, pos = alibi_gmem[h], load(pos_gmem, row, TILE, ROW)
+                    theirs = load(pos_gmem, ni * block_n, block_n, COLUMN)
+                x, factor, _ = capped(x, scale, softcap, slope, pos, theirs)
                 free = tiles.seen(ni, mi * WARPGROUPS + wg)
                 x = lax.cond(free, lambda x: x, lambda x: masked(x, ni), x)
-                # x is in units of log 2, up to this factor, which takes no instruction below
-                factor = 1.0 if softcap or biased else scale * LOG2E
                 top = jnp.maximum(row_max, x.max(axis=1) * factor)
                 base = jnp.where(top == -jnp.inf, 0.0, top)  # a row may have seen nothing yet
                 shrink = jnp.exp2(row_max - base)
@@ -323,9 +319,12 @@ def _forward(
     if 0 in (T, Hq):
         return jnp.zeros_like(q), jnp.zeros((Hq, T), jnp.float32)
     config = config or default_config(T, Hq, k.shape[1], D, q.dtype)
+    if config.block_m != ORDERED:
+        raise ValueError(f"block_m: expected {ORDERED}, got {config.block_m}")
     block_n, stages = config.block_n, config.stages
     tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=_lib.swizzled(q.dtype, D))
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
+    q, k, v = aligned(q, k, v)
     # Where there is room, o waits for its store beside q, and the next q is already loaded.
     beside = [tile((ORDERED, D))] if D <= 128 else []
     o, lse = plgpu.kernel(
@@ -361,7 +360,7 @@ def _forward(
         q, k, v, *padded(plan.kv_start, plan.kv_end, plan.q_start, plan.q_end, plan.token_pos),
         plan.tiles, plan.q_order, *([] if alibi is None else [alibi]),
     )  # fmt: skip
-    return _lib.vary_alike(o, lse[:, :T], q)[:2]
+    return _lib.vary_alike(o[:T], lse[:, :T], q)[:2]
 
 
 def hybrid_plan(

@@ -1,15 +1,15 @@
-"""What the kernels of hybrid attention share: vectors by rows and columns, masks, what to walk over.
+"""What the kernels of hybrid attention share: vectors in registers, masks, what to walk over.
 
-    i sees j  iff  kv_start[i] <= j < kv_end[i]  and  i < q_end[j]
-          or, by keys,   q_start[j] <= i < q_end[j]
+    i sees j  iff  q_start[j] <= i < q_end[j]
 
-The second line is the first: intervals grow with i, and what ends the interval of queries of an
-image under diffusion, its last token, is all that noise_id says of those behind it.
+This is the mask of the plan seen from the keys: intervals of keys grow with i, so the queries that
+see a key are an interval too, and that of an image under diffusion ends with the image.
 
 Twin: triton_kernels/hybrid_attention_tiles.py.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from .hybrid_attention_plan import (
 )
 
 WARPGROUPS = 2  # compute warpgroups; one more loads
+LOG2E = math.log2(math.e)
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40  # of a thread; three warpgroups have 512 together
 PARAMS = plgpu.CompilerParams(
     approx_math=True,
@@ -53,6 +54,16 @@ def padded(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(_lib.pad(x, ORDERED) for x in arrays)
 
 
+def aligned(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[T, heads, D] with T up to a multiple of 8, the rows of a piece of swizzled shared memory."""
+    return tuple(_lib.pad(x, 8, 1, 1) for x in arrays)
+
+
+def piece(D: int) -> int:
+    """Columns of a piece of swizzled shared memory."""
+    return 64 if D % 64 == 0 else 32
+
+
 def filled(shape: tuple[int, ...], value: float) -> jax.Array:
     """float32 in registers, laid out as an accumulator or as one of its columns."""
     layout = LAYOUT if len(shape) == 2 else ROW
@@ -67,29 +78,66 @@ def down(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
+def capped(
+    s: jax.Array, scale: float, softcap: float, slope: Any, rows: Any, columns: Any
+) -> tuple[jax.Array, float, jax.Array | None]:
+    """q . k as (x in units of log 2 but for a factor, that factor, 1 - tanh^2 or None).
+
+    The factor takes no instruction of its own where it is applied. slope: of ALiBi or None; rows,
+    columns: positions.
+    """
+    if not softcap and slope is None:
+        return s, scale * LOG2E, None
+    bend = None
+    if softcap:
+        bent = jnp.tanh(s * (scale / softcap))
+        s, bend = (softcap * LOG2E) * bent, 1.0 - bent * bent
+    else:
+        s = s * (scale * LOG2E)
+    if slope is not None:
+        apart = jnp.abs(across(rows, s.shape[1]) - down(columns, s.shape[0]))
+        s = s - (slope * LOG2E) * apart.astype(jnp.float32)
+    return s, 1.0, bend
+
+
+def visible(row: Any, start: jax.Array, stop: jax.Array, rows: int) -> jax.Array:
+    """[rows, columns] of bools: whether queries from `row` on see keys with these intervals.
+
+    By columns: nothing else has to be kept in registers beside the scores.
+    """
+    i = row + plgpu.broadcasted_iota(jnp.int32, (rows, start.shape[0]), 0, layout=LAYOUT)
+    return (i >= down(start, rows)) & (i < down(stop, rows))
+
+
 def clear_dead(
-    smems: tuple[Any, ...], dead: Any, first: Any, start_gmem: Any, stop_gmem: Any, wg: Any, met: Any
+    smems: tuple[Any, ...],
+    dead: Any,
+    first: Any,
+    start_gmem: Any,
+    stop_gmem: Any,
+    wg: Any,
+    met: Any,
 ) -> None:
     """Where `dead`: clears rows of tokens that see nothing, since 0 * NaN is not 0.
 
     smems: [rows, D], of tokens from `first` on. The warpgroups share the rows, and meet.
     """
     rows, D = smems[0].shape
-    columns = 64 if D % 64 == 0 else 32
+    columns = piece(D)
 
     @pl.when(dead)
     def _() -> None:
         @pl.loop(wg, rows // TILE, step=WARPGROUPS)
-        def _(piece: Any) -> None:
-            at = piece * TILE
+        def _(i: Any) -> None:
+            at = i * TILE
             start, stop = (load(x, first + at, TILE, ROW) for x in (start_gmem, stop_gmem))
             alive = across(start, columns) < across(stop, columns)
 
             # A few columns at a time: the accumulators have the registers.
             @pl.loop(0, D // columns)
-            def _(i: Any) -> None:
+            def _(j: Any) -> None:
                 for smem in smems:
-                    part = smem.at[pl.ds(at, TILE), pl.ds(i * columns, columns)]
+                    part = smem.at[pl.ds(at, TILE), pl.ds(j * columns, columns)]
                     x = plgpu.load(part, layout=LAYOUT)
                     part[...] = jnp.where(alive, x, jnp.zeros_like(x))
 
