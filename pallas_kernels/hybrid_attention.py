@@ -42,8 +42,8 @@ from . import _lib
 from .hybrid_attention_bwd import backward
 from .hybrid_attention_plan import ORDERED, TILE, HybridMeta, HybridPlan, check, plan_of
 from .hybrid_attention_tiles import (
-    COMPUTE_REGISTERS,
     COLUMN,
+    COMPUTE_REGISTERS,
     LOG2E,
     MEMORY_REGISTERS,
     PARAMS,
@@ -99,7 +99,7 @@ def default_config(T: int, Hq: int, Hk: int, D: int, dtype: Any, which: str = "f
     # columns each.
     if which == "dq":
         return Config(block_n=64, stages=1 if D > 128 else 2)
-    return Config(block_m=64 if D > 128 else 128, block_n=64, stages=1 if D > 128 else 3)
+    return Config(block_m=64 if D > 128 else 128, block_n=64, stages=2 if D > 128 else 3)
 
 
 def _hybrid_attention_kernel(

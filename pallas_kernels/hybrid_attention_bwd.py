@@ -48,6 +48,7 @@ from .hybrid_attention_tiles import (
     padded,
     piece,
     visible,
+    warpgroup,
 )
 
 
@@ -183,6 +184,7 @@ def _hybrid_attention_dq_kernel(
                 clear_dead((k_smem.at[slot],), dead, n, kv_start_gmem, kv_end_gmem, wg, met)
 
                 def gradient(s_acc: Any, dp_acc: Any) -> jax.Array:
+                    own = pl.ds(warpgroup() * TILE, TILE)
                     plgpu.wgmma(s_acc, q_smem.at[own], k_smem.at[slot].T)
                     plgpu.wgmma(dp_acc, do_smem.at[own], v_smem.at[slot].T)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
@@ -307,12 +309,13 @@ def _hybrid_attention_dkdv_kernel(
             plgpu.barrier_arrive(do_free.at[slot])
 
         # Of the tile of keys a warpgroup has 64 rows; or all, and then half of the columns.
-        def own_row() -> Any:
-            # Asked anew at each step: else the compiler keeps all that follows in registers.
-            return lax.axis_index("wg") * (block_m - TILE)
-
         wide = D * block_m // ORDERED
-        columns = pl.ds(wg * (D - wide), wide)
+
+        def share() -> tuple[Any, Any]:
+            """Rows and columns of k and v that are this warpgroup's."""
+            if block_m == TILE:
+                return pl.ds(0, TILE), pl.ds(warpgroup() * wide, wide)
+            return pl.ds(warpgroup() * TILE, TILE), pl.ds(0, wide)
 
         @items()
         def _item(item: Any, *, carry: Any) -> Any:
@@ -321,7 +324,8 @@ def _hybrid_attention_dkdv_kernel(
             # --- 2. main loop
             def visit(i: Any, accs: Any) -> Any:
                 dk, dv = accs
-                own, key = pl.ds(own_row(), TILE), first + own_row()
+                own, columns = share()
+                key = first + own.start
                 slot = slot_of(carry + i)
                 ni, head = low + lax.rem(i, high - low), h * G + lax.div(i, high - low)
                 n = ni * block_n
@@ -339,36 +343,33 @@ def _hybrid_attention_dkdv_kernel(
                     seen = (i >= across(start, block_n)) & (i < across(stop, block_n))
                     return jnp.where(seen, p, 0.0)
 
-                def scores(s_acc: Any) -> Any:
-                    plgpu.wgmma(s_acc, k_smem.at[own], q_slot.T)
-                    lse = load(lse_gmem.at[head], n, block_n, COLUMN)
-                    return s_acc[...], lse * LOG2E
-
-                s, lse = pl.run_scoped(scores, square)
-                slope = pos = theirs = None
-                if alibi_gmem is not None:
-                    slope, pos = alibi_gmem[head], load(pos_gmem, key, TILE, ROW)
-                    theirs = load(pos_gmem, n, block_n, COLUMN)
-                x, factor, bend = capped(s, scale, softcap, slope, pos, theirs)
-                p = jnp.exp2(x * factor - down(lse, TILE))
-                p = lax.cond(tiles.seen(key // TILE, ni), lambda p: p, masked, p)
-
-                def products(dp_acc: Any, dk_acc: Any, dv_acc: Any) -> Any:
+                def products(s_acc: Any, dp_acc: Any, dk_acc: Any, dv_acc: Any) -> Any:
                     dk_acc[...] = dk
                     dv_acc[...] = dv
-                    plgpu.wgmma(dp_acc, v_smem.at[own], do_slot.T)
-                    plgpu.wgmma(dv_acc, p.astype(q_smem.dtype), do_slot.at[:, columns])
+                    plgpu.wgmma(s_acc, k_smem.at[own], q_slot.T)
                     delta = load(delta_gmem.at[head], n, block_n, COLUMN)
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                    dx = p * (dp - down(delta, TILE))
+                    dp_acc[...] = down(0.0 - delta, TILE)
+                    plgpu.wgmma(dp_acc, v_smem.at[own], do_slot.T)
+                    lse = load(lse_gmem.at[head], n, block_n, COLUMN) * LOG2E
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                    slope = pos = theirs = None
+                    if alibi_gmem is not None:
+                        slope, pos = alibi_gmem[head], load(pos_gmem, key, TILE, ROW)
+                        theirs = load(pos_gmem, n, block_n, COLUMN)
+                    x, factor, bend = capped(s, scale, softcap, slope, pos, theirs)
+                    p = jnp.exp2(x * factor - down(lse, TILE))
+                    p = lax.cond(tiles.seen(key // TILE, ni), lambda p: p, masked, p)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+                    dx = p * dp
                     dx = dx if bend is None else dx * bend
+                    plgpu.wgmma(dv_acc, p.astype(q_smem.dtype), do_slot.at[:, columns])
                     plgpu.wgmma(dk_acc, dx.astype(q_smem.dtype), q_slot.at[:, columns])
                     plgpu.wgmma_wait(1)
                     plgpu.barrier_arrive(do_free.at[slot])
                     return dk_acc[...], dv_acc[...]
 
                 sums = plgpu.ACC((TILE, wide), jnp.float32)
-                accs = pl.run_scoped(products, square, sums, sums)
+                accs = pl.run_scoped(products, square, square, sums, sums)
                 plgpu.barrier_arrive(q_free.at[slot])
                 return accs
 
@@ -381,17 +382,26 @@ def _hybrid_attention_dkdv_kernel(
 
             # --- 3. epilogue
             dk, dv = ((x * y).astype(k_smem.dtype) for x, y in ((dk, scale), (dv, 1.0)))
-            if block_m == TILE:  # the other reads k and v too
-                plgpu.barrier_arrive(met)
-                plgpu.barrier_wait(met)
+
+            def meet() -> None:
+                if block_m == TILE:  # where the warpgroups share rows of k and v
+                    plgpu.barrier_arrive(met)
+                    plgpu.barrier_wait(met)
 
             # --- 4. store
-            keys = pl.ds(first + own_row(), TILE)
-            for x_smem, x_gmem, x in ((k_smem, dk_gmem, dk), (v_smem, dv_gmem, dv)):
-                part = x_smem.at[pl.ds(own_row(), TILE), columns]
-                part[...] = x
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(part, x_gmem.at[keys, h, columns])
+            own, columns = share()
+            keys = pl.ds(first + own.start, TILE)
+            meet()
+            k_smem.at[own, columns][...] = dk
+            v_smem.at[own, columns][...] = dv
+            plgpu.commit_smem()
+            meet()
+            for i, (x_smem, x_gmem) in enumerate(((k_smem, dk_gmem), (v_smem, dv_gmem))):
+
+                @pl.when((wg == i) | (block_m > TILE))
+                def _(x_smem: Any = x_smem, x_gmem: Any = x_gmem) -> None:
+                    plgpu.copy_smem_to_gmem(x_smem.at[own], x_gmem.at[keys, h])
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(kv_free)
             return carry + steps

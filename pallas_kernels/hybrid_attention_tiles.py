@@ -44,6 +44,13 @@ LAYOUT = plgpu.Layout.WGMMA
 ROW, COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)  # one value for each row, for each column
 
 
+def warpgroup() -> Any:
+    """Which of the block this is. Asked anew in a loop, what follows from it is not kept from one
+    step to the next: addresses of operands in shared memory alone would fill 32 registers.
+    """
+    return lax.axis_index("wg")
+
+
 def load(ref: Any, start: Any, size: int, layout: Any) -> jax.Array:
     """Part of a vector, in registers."""
     return plgpu.load(ref.at[pl.ds(start, size)], layout=layout, optimized=False)
