@@ -26,7 +26,7 @@ FlexAttention's (arXiv:2412.05496), bounds by row in place of a mask MagiAttenti
 (arXiv:2410.01359).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -114,10 +114,7 @@ def default_config(
     # More rows or fewer bytes in flight leave room for one; three would have 168 registers.
     if which == "fwd":
         return Config(64, 64, 3, 4)
-    if which == "dq":
-        return Config(64, 64, 2, 4)  # as many bytes: do stays too
-    # dk and dv take 128 registers, so that two tiles of scores have to be small.
-    return Config(64, 32, 2, 4)
+    return Config(64, 64, 2, 4)  # do stays too, or v, where a third stage would be
 
 
 @triton.jit
@@ -355,6 +352,8 @@ def _gradients(res, do, dlse, scale, softcap, config):
     if config is None:
         (T, Hq, D), Hk = q.shape, k.shape[1]
         tilings = [default_config(T, Hq, Hk, D, q.dtype, which) for which in ("dq", "dkdv")]
+        if softcap:  # dk and dv take 128 registers, x and dx 64, and tanh has to stay as well
+            tilings[1] = replace(tilings[1], block_n=32)
     flat = [field for tiling in tilings for field in _lib.fields(tiling)]
     return tuple(backward(q, k, v, o, lse, alibi, plan, do, dlse, scale, float(softcap), flat))
 

@@ -75,20 +75,6 @@ def _hybrid_attention_delta_kernel(
 
 
 @triton.jit
-def _differentiated(
-    s, dp, lse, delta, q_pos, k_pos, slope, scale, softcap, unit,
-    capped: tl.constexpr, biased: tl.constexpr,
-):  # fmt: skip
-    """(p, dx) of the products s = q . k and dp = do . v."""
-    x, bent = scores(s, q_pos, k_pos, slope, scale, softcap, capped, biased)
-    p = tl.exp2(x * unit - lse)
-    dx = p * (dp - delta)
-    if capped:
-        dx *= 1.0 - bent * bent
-    return p, dx
-
-
-@triton.jit
 def _visit_keys(
     acc, q_tile, do_tile, k, v, bits, masked, count, first,
     kv_start, kv_end, q_noise, q_pos, lse, delta, slope,
@@ -107,23 +93,24 @@ def _visit_keys(
         j = n0 + tl.arange(0, block_n)
         k_tile = load_tile(k, h, n0, T, H, D, block_n, block_d, tma)
         v_tile = load_tile(v, h, n0, T, H, D, block_n, block_d, tma)
+        if dead:
+            k_tile = zero_dead(k_tile, kv_start_ptr, kv_end_ptr, j, T)
+            v_tile = zero_dead(v_tile, kv_start_ptr, kv_end_ptr, j, T)
         s = tl.dot(q_tile, k_tile.T)  # [block_m, block_n]
-        dp = tl.dot(do_tile, v_tile.T)
         k_pos = j
         if biased:
             k_pos = tl.load(token_pos_ptr + j, mask=j < T, other=0)
-        _, dx = _differentiated(
-            s, dp, lse[:, None], delta[:, None], q_pos[:, None], k_pos[None, :], slope,
-            scale, softcap, unit, capped, biased,
-        )  # fmt: skip
+        x, bent = scores(s, q_pos[:, None], k_pos[None, :], slope, scale, softcap, capped, biased)
+        p = tl.exp2(x * unit - lse[:, None])
         if ((masked >> lane) & 1) != 0:
             noise = tl.load(noise_id_ptr + j, mask=j < T, other=-1)
             seen = visible(
                 kv_start[:, None], kv_end[:, None], q_noise[:, None], j[None, :], noise[None, :]
             )
-            dx = tl.where(seen, dx, 0.0)
-        if dead:
-            k_tile = zero_dead(k_tile, kv_start_ptr, kv_end_ptr, j, T)
+            p = tl.where(seen, p, 0.0)
+        dx = p * (tl.dot(do_tile, v_tile.T) - delta[:, None])
+        if capped:
+            dx *= 1.0 - bent * bent
         acc = tl.dot(dx.to(k_tile.dtype), k_tile, acc)
     return acc
 
@@ -188,7 +175,8 @@ def _hybrid_attention_dq_kernel(
         )  # fmt: skip
 
     # --- 3. epilogue
-    acc *= scale
+    # Rows of tokens that see nothing may hold anything so far.
+    acc = tl.where((kv_start < kv_end)[:, None], acc * scale, 0.0)
 
     # --- 4. store
     store_tile(dq, acc, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
@@ -197,8 +185,9 @@ def _hybrid_attention_dq_kernel(
 @triton.jit
 def _visit_queries(
     dk, dv, k_tile, v_tile, q, do, bits, masked, count, first,
-    q_start, q_end, k_pos, hk, G,
-    lse_ptr, delta_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, token_pos_ptr,
+    j, k_pos, hk, G,
+    lse_ptr, delta_ptr, alibi_ptr,
+    kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
     T, H, D, scale, softcap, unit,
     block_n: tl.constexpr, block_d: tl.constexpr, strips: tl.constexpr, tma: tl.constexpr,
     capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr, stages: tl.constexpr,
@@ -206,14 +195,13 @@ def _visit_queries(
     """dk += dx^T @ q and dv += p^T @ do over the `count` tiles of queries in `bits`, of G heads,
     each in so many strips of block_n rows. More than one: some of their tokens see nothing."""
     h, left, strip = hk * G, bits, 0
-    for _ in tl.range(0, count * strips * G, num_stages=stages):
+    # What does not change in the loop is not kept through it: registers are short.
+    for _ in tl.range(0, count * strips * G, num_stages=stages, disable_licm=True):
         lane = lowest(left)
         m0 = ((first + lane) * strips + strip) * block_n
         m = m0 + tl.arange(0, block_n)
         q_tile = load_tile(q, h, m0, T, H, D, block_n, block_d, tma)
         do_tile = load_tile(do, h, m0, T, H, D, block_n, block_d, tma)
-        lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
-        delta = tl.load(delta_ptr + (h * T + m), mask=m < T, other=0.0)
         q_pos, slope = m, 0.0
         if biased:
             q_pos = tl.load(token_pos_ptr + m, mask=m < T, other=0)
@@ -222,15 +210,20 @@ def _visit_queries(
             q_tile = zero_dead(q_tile, kv_start_ptr, kv_end_ptr, m, T)
             do_tile = zero_dead(do_tile, kv_start_ptr, kv_end_ptr, m, T)
         s = tl.dot(k_tile, q_tile.T)  # [block_m keys, block_n queries]
-        dp = tl.dot(v_tile, do_tile.T)
-        p, dx = _differentiated(
-            s, dp, lse[None, :], delta[None, :], q_pos[None, :], k_pos[:, None], slope,
-            scale, softcap, unit, capped, biased,
-        )  # fmt: skip
+        x, bent = scores(s, q_pos[None, :], k_pos[:, None], slope, scale, softcap, capped, biased)
+        lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
+        p = tl.exp2(x * unit - lse[None, :])
         if ((masked >> lane) & 1) != 0:
+            # A key is seen by one interval of queries, whatever its noise.
+            q_start = tl.load(q_start_ptr + j, mask=j < T, other=0)
+            q_end = tl.load(q_end_ptr + j, mask=j < T, other=0)
             seen = (m[None, :] >= q_start[:, None]) & (m[None, :] < q_end[:, None])
-            p, dx = tl.where(seen, p, 0.0), tl.where(seen, dx, 0.0)
+            p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
+        delta = tl.load(delta_ptr + (h * T + m), mask=m < T, other=0.0)
+        dx = p * (tl.dot(v_tile, do_tile.T) - delta[None, :])
+        if capped:
+            dx *= 1.0 - bent * bent
         dk = tl.dot(dx.to(q_tile.dtype), q_tile, dk)
         # The tiles of one head, and then again of the next: to the loads it is one loop.
         left, strip = after(left, strip, strips)
@@ -255,9 +248,6 @@ def _hybrid_attention_dkdv_kernel(
     i, hk = tl.program_id(0) // Hk, tl.program_id(0) % Hk
     mi = tl.load(order_ptr + i // halves) * halves + i % halves
     j = mi * block_m + tl.arange(0, block_m)
-    # Whose pairs are masked: a key is seen by one interval of queries, whatever its noise.
-    q_start = tl.load(q_start_ptr + j, mask=j < T, other=0)
-    q_end = tl.load(q_end_ptr + j, mask=j < T, other=0)
     mine = bounds(tiles_ptr, mi, T, block_m // 64)
     begin, stop = T, 0
     for pair in tl.static_range(block_m // 64):
@@ -286,8 +276,9 @@ def _hybrid_attention_dkdv_kernel(
         dead_tiles += counts // 256
         dk_acc, dv_acc = _visit_queries(
             dk_acc, dv_acc, k_tile, v_tile, q, do, bits, masked, counts % 256, first,
-            q_start, q_end, k_pos, hk, Hq // Hk,
-            lse_ptr, delta_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, token_pos_ptr,
+            j, k_pos, hk, Hq // Hk,
+            lse_ptr, delta_ptr, alibi_ptr,
+            kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
             T, Hq, D, scale, softcap, unit,
             block_n, block_d, wide // block_n, tma, capped, biased, False, stages,
         )  # fmt: skip
@@ -298,14 +289,16 @@ def _hybrid_attention_dkdv_kernel(
         )
         dk_acc, dv_acc = _visit_queries(
             dk_acc, dv_acc, k_tile, v_tile, q_strip, do_strip, dead, dead, counts // 256, first,
-            q_start, q_end, k_pos, hk, Hq // Hk,
-            lse_ptr, delta_ptr, alibi_ptr, kv_start_ptr, kv_end_ptr, token_pos_ptr,
+            j, k_pos, hk, Hq // Hk,
+            lse_ptr, delta_ptr, alibi_ptr,
+            kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
             T, Hq, D, scale, softcap, unit,
             STRIP, block_d, wide // STRIP, tma, capped, biased, True, 1,
         )  # fmt: skip
 
     # --- 3. epilogue
-    dk_acc *= scale
+    dk_acc = zero_dead(dk_acc * scale, kv_start_ptr, kv_end_ptr, j, T)
+    dv_acc = zero_dead(dv_acc, kv_start_ptr, kv_end_ptr, j, T)
 
     # --- 4. store
     store_tile(dk, dk_acc, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)

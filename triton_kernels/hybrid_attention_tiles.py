@@ -87,9 +87,12 @@ def lowest(bits):
 @triton.jit
 def after(bits, strip, strips: tl.constexpr):
     """(bits, strip) of the next step: the next strip of the tile, or the next tile."""
-    strip += 1
-    bits = tl.where(strip == strips, bits & (bits - 1), bits)
-    return bits, tl.where(strip == strips, 0, strip)
+    rest = bits & (bits - 1)
+    if strips > 1:
+        strip += 1
+        rest = tl.where(strip == strips, rest, bits)
+        strip = tl.where(strip == strips, 0, strip)
+    return rest, strip
 
 
 @triton.jit
