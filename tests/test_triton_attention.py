@@ -225,10 +225,12 @@ def test_constructors():
     for meta in (HybridMeta.from_cu_seqlens(cu), HybridMeta.from_cu_seqlens(ints(*cu))):
         assert torch.equal(meta.to_dense(12), text.to_dense(12))
         assert torch.equal(meta.to_dense(12), text.to_dense(12, 12))
-    full = HybridMeta.from_cu_seqlens(cu, mode=FULL, max_sequences=9, max_segments=9)
+    full = HybridMeta.from_cu_seqlens(cu, "full", max_sequences=9)
     assert [len(x) for x in full[:3]] == [10, 10, 9]
     assert full.to_dense(12)[:5, :5].all() and full.to_dense(13).sum() == 25 + 49
-    prefix = HybridMeta.from_prefix_lengths(cu, [2, 0, 7]).to_dense(12)
+    prefix = HybridMeta.from_prefix_lengths([5, 0, 7], [2, 0, 7], max_sequences=4)
+    assert len(prefix.seg_mode) == 8
+    prefix = prefix.to_dense(12)
     assert prefix[0, 1] and not prefix[2, 3] and prefix[5, 11]
     bits = text.to_dense(12, 1)
     assert torch.equal(bits, torch.eye(12, dtype=torch.bool, device=DEVICE))
@@ -273,14 +275,22 @@ BAD = [
     (lambda: hybrid_plan(TEXT, tokens=-1), ValueError, "tokens: expected 0 to"),
     (lambda: hybrid_plan(TEXT._replace(seg_mode=ints(1)), tokens=9), TypeError, "seg_mode: .*int8"),
     (lambda: TEXT.to_dense(8193), ValueError, "tokens: expected at most 8192"),
-    (lambda: HybridMeta.from_segments([[(3, 4)]]), ValueError, "segment 0 has the unknown mode 4"),
+    (
+        lambda: HybridMeta.from_segments([[(3, 4)]]),
+        ValueError,
+        "sequences: expected one of causal, .* got 4",
+    ),
     (lambda: HybridMeta.from_segments([[(-3, 1)]]), ValueError, "segment 0 has the length -3"),
     (lambda: HybridMeta.from_segments([[(3, 0), (1, PAD)]]), ValueError, "sequence 0 has PAD besi"),
     (lambda: HybridMeta.from_segments(MIXED, max_segments=5), ValueError, "max_segments: no room"),
     (lambda: HybridMeta.from_cu_seqlens([0, 4, 3]), ValueError, "cu_seqlens: expected ascending"),
-    (lambda: HybridMeta.from_cu_seqlens([0, 4], mode=7), ValueError, "mode: expected 0, 1, 2 or 3"),
-    (lambda: HybridMeta.from_prefix_lengths([0, 4], [5]), ValueError, "prefix_lengths: 5 of the 4"),
-    (lambda: HybridMeta.from_prefix_lengths([0, 4], []), ValueError, "prefix_lengths: expected 1"),
+    (
+        lambda: HybridMeta.from_cu_seqlens([0, 4], mode=7),
+        ValueError,
+        "mode: expected one of causal, full, ",
+    ),
+    (lambda: HybridMeta.from_prefix_lengths([4], [5]), ValueError, "prefix_lengths: 5 of the 4"),
+    (lambda: HybridMeta.from_prefix_lengths([4], []), ValueError, "prefix_lengths: expected 1"),
     (lambda: HybridMeta.from_splits([4], ["x"], [4]), ValueError, "split 0 has the unknown mode"),
     (lambda: HybridMeta.from_splits([4], [], [4]), ValueError, "attn_modes: expected 1, got 0"),
     (lambda: HybridMeta.from_splits([4], ["full"], [3]), ValueError, "no split ends where sample"),

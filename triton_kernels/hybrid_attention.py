@@ -36,26 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _lib
 from .hybrid_attention_bwd import backward
-from .hybrid_attention_plan import (
-    CAUSAL as CAUSAL,
-)
-from .hybrid_attention_plan import (
-    FULL as FULL,
-)
-from .hybrid_attention_plan import (
-    NOISE as NOISE,
-)
-from .hybrid_attention_plan import (
-    ORDERED,
-    TILE,
-    HybridMeta,
-    HybridPlan,
-    check,
-    plan_of,
-)
-from .hybrid_attention_plan import (
-    PAD as PAD,
-)
+from .hybrid_attention_plan import ORDERED, TILE, HybridMeta, HybridPlan, check, plan_of
 from .hybrid_attention_tiles import (
     LANES,
     LOG2_E,

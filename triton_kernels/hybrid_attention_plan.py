@@ -57,14 +57,14 @@ class HybridMeta(NamedTuple):
     @classmethod
     def from_segments(
         cls,
-        sequences: Sequence[Sequence[tuple[int, int]]],
+        sequences: Sequence[Sequence[tuple[int, int | str]]],
         *,
         max_sequences: int | None = None,
         max_segments: int | None = None,
         pos: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "HybridMeta":
-        """For every sequence its segments, (length, mode).
+        """For every sequence its segments: (length, mode), the mode a number or its name.
 
         max_sequences, max_segments: room for as many (default: as many as there are).
         device: where pos is, or else the current GPU.
@@ -72,52 +72,61 @@ class HybridMeta(NamedTuple):
         Raises ValueError for a mode there is not, a length below 0, a PAD beside another segment
         in a sequence, and more of them than there is room for.
         """
-        segments = [segment for sequence in sequences for segment in sequence]
-        for i, (length, mode) in enumerate(segments):
-            if mode not in range(len(MODES)):
-                raise ValueError(f"sequences: segment {i} has the unknown mode {mode!r}")
+        segments = [(n, _mode("sequences", mode)) for sequence in sequences for n, mode in sequence]
+        for i, (length, _) in enumerate(segments):
             if length < 0:
                 raise ValueError(f"sequences: segment {i} has the length {length}")
         cu = [0, *accumulate(sum(length for length, _ in sequence) for sequence in sequences)]
         off = [0, *accumulate(length for length, _ in segments)]
-        modes = [int(mode) for _, mode in segments]
+        modes = [mode for _, mode in segments]
         if wrong := _wrong(cu, off, modes, off[-1]):
             raise ValueError(wrong)
-        cu = _padded("max_sequences", cu, 1, max_sequences, cu[-1])
-        off = _padded("max_segments", off, 1, max_segments, off[-1])
-        modes = _padded("max_segments", modes, 0, max_segments, PAD)
-        if device is None:
-            device = pos.device if pos is not None else "cpu" if _lib.INTERPRETING else "cuda"
-        cu, off = (torch.tensor(x, dtype=torch.int32, device=device) for x in (cu, off))
-        return cls(cu, off, torch.tensor(modes, dtype=torch.int8, device=device), pos)
+        cu += [cu[-1]] * _spare("max_sequences", len(sequences), max_sequences)
+        spare = _spare("max_segments", len(segments), max_segments)
+        off, modes = off + [off[-1]] * spare, modes + [PAD] * spare
+        where = _device(device if pos is None else pos.device)
+        cu, off = (torch.tensor(x, dtype=torch.int32, device=where) for x in (cu, off))
+        return cls(cu, off, torch.tensor(modes, dtype=torch.int8, device=where), pos)
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_seqlens: Tensor | Sequence[int], *, mode: int = CAUSAL, **room: Any
+        cls,
+        cu_seqlens: Tensor | Sequence[int],
+        mode: int | str = CAUSAL,
+        *,
+        max_sequences: int | None = None,
+        device: torch.device | str | None = None,
     ) -> "HybridMeta":
-        """Packed sequences, all of one mode: jagged text, or an encoder's with FULL.
+        """Packed sequences, each one segment: jagged text, or an encoder's with FULL.
 
-        cu_seqlens [B + 1]: begins with 0. An int32 tensor stays where it is, unread and unchecked,
-        and its shape is the room there is; of a list, `room` is as for from_segments.
+        cu_seqlens [B + 1]: begins with 0. An int32 tensor stays on its device, unread: it is not
+        checked, and nothing waits for it.
         """
-        if mode not in range(len(MODES)):
-            raise ValueError(f"mode: expected 0, 1, 2 or 3 (CAUSAL ... PAD), got {mode!r}")
-        if isinstance(cu_seqlens, Tensor):
-            _lib.check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32,))
-            of = torch.full_like(cu_seqlens[1:], mode, dtype=torch.int8)
-            return cls(cu_seqlens, cu_seqlens, of)
-        lengths = _lengths("cu_seqlens", cu_seqlens)
-        return cls.from_segments([[(length, mode)] for length in lengths], **room)
+        mode = _mode("mode", mode)
+        if not isinstance(cu_seqlens, Tensor):
+            if not len(cu_seqlens) or cu_seqlens[0] != 0 or list(cu_seqlens) != sorted(cu_seqlens):
+                raise ValueError(
+                    f"cu_seqlens: expected ascending offsets from 0 on, got {list(cu_seqlens)[:8]}"
+                )
+            cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=_device(device))
+        _lib.check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32,))
+        spare = _spare("max_sequences", len(cu_seqlens) - 1, max_sequences)
+        cu = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(spare)])
+        return cls(cu, cu, torch.full_like(cu[1:], mode, dtype=torch.int8))
 
     @classmethod
     def from_prefix_lengths(
-        cls, cu_seqlens: Sequence[int], prefix_lengths: Sequence[int], **room: Any
+        cls,
+        lengths: Sequence[int],
+        prefix_lengths: Sequence[int],
+        *,
+        max_sequences: int | None = None,
+        device: torch.device | str | None = None,
     ) -> "HybridMeta":
         """Prefix language models: the prefix of each sequence sees all of itself, the rest is text.
 
-        cu_seqlens: B + 1 offsets; prefix_lengths: B of them; `room` as for from_segments.
+        Raises ValueError for a prefix longer than its sequence.
         """
-        lengths = _lengths("cu_seqlens", cu_seqlens)
         if len(prefix_lengths) != len(lengths):
             raise ValueError(
                 f"prefix_lengths: expected {len(lengths)}, one for each sequence, "
@@ -127,7 +136,12 @@ class HybridMeta(NamedTuple):
             if not 0 <= prefix <= length:
                 raise ValueError(f"prefix_lengths: {prefix} of the {length} tokens of sequence {i}")
         pairs = zip(prefix_lengths, lengths, strict=True)
-        return cls.from_segments([[(p, FULL), (n - p, CAUSAL)] for p, n in pairs], **room)
+        return cls.from_segments(
+            [[(p, FULL), (n - p, CAUSAL)] for p, n in pairs],
+            max_sequences=max_sequences,
+            max_segments=None if max_sequences is None else 2 * max_sequences,
+            device=device,
+        )
 
     @classmethod
     def from_splits(
@@ -135,12 +149,16 @@ class HybridMeta(NamedTuple):
         split_lens: Sequence[int],
         attn_modes: Sequence[str],
         sample_lens: Sequence[int],
-        **room: Any,
+        *,
+        max_sequences: int | None = None,
+        max_segments: int | None = None,
+        pos: Tensor | None = None,
+        device: torch.device | str | None = None,
     ) -> "HybridMeta":
         """As BAGEL packs a batch: splits with their modes, and how many tokens each sample has.
 
-        attn_modes: "causal", "full" or "noise". `room` as for from_segments. BAGEL makes a causal
-        sample of the tokens that fill up a batch: leave it out, and they cost nothing.
+        attn_modes: "causal", "full" or "noise". BAGEL makes a causal sample of the tokens that fill
+        up a batch: leave it out, and they cost nothing.
 
         Raises ValueError for other modes, and for splits that do not tile the samples.
         """
@@ -149,8 +167,8 @@ class HybridMeta(NamedTuple):
         for i, mode in enumerate(attn_modes):
             if mode not in MODES[:PAD]:
                 raise ValueError(f"attn_modes: split {i} has the unknown mode {mode!r}")
-        splits = list(zip(split_lens, map(MODES.index, attn_modes), strict=True))
-        sequences: list[list[tuple[int, int]]] = []
+        splits = list(zip(split_lens, attn_modes, strict=True))
+        sequences: list[list[tuple[int, str]]] = []
         for i, tokens in enumerate(sample_lens):
             sequence, left = [], tokens
             while left > 0 and splits:
@@ -161,7 +179,13 @@ class HybridMeta(NamedTuple):
             sequences.append(sequence)
         if any(length for length, _ in splits):
             raise ValueError(f"sample_lens: {len(splits)} splits belong to no sample")
-        return cls.from_segments(sequences, **room)
+        return cls.from_segments(
+            sequences,
+            max_sequences=max_sequences,
+            max_segments=max_segments,
+            pos=pos,
+            device=device,
+        )
 
     def to_dense(self, tokens: int, window: int | None = None) -> Tensor:
         """The mask [tokens, tokens] bool, True where a query (row) sees a key: to look at.
@@ -185,17 +209,22 @@ class HybridMeta(NamedTuple):
         return seen & live[:, None] & live[None, :]
 
 
-def _padded(name: str, x: list[int], beside: int, most: int | None, value: int) -> list[int]:
-    room = len(x) - beside if most is None else most
-    if len(x) - beside > room:
-        raise ValueError(f"{name}: no room for {len(x) - beside} in {room}")
-    return x + [value] * (room + beside - len(x))
+def _mode(name: str, mode: Any) -> int:
+    if mode in MODES:
+        return MODES.index(mode)
+    if mode not in range(len(MODES)):
+        raise ValueError(f"{name}: expected one of {', '.join(MODES)} or 0 to 3, got {mode!r}")
+    return int(mode)
 
 
-def _lengths(name: str, offsets: Sequence[int]) -> list[int]:
-    if not len(offsets) or offsets[0] != 0 or any(b < a for a, b in pairwise(offsets)):
-        raise ValueError(f"{name}: expected ascending offsets from 0 on, got {list(offsets)[:8]}")
-    return [b - a for a, b in pairwise(offsets)]
+def _device(device: torch.device | str | None) -> torch.device | str:
+    return device or ("cpu" if _lib.INTERPRETING else "cuda")
+
+
+def _spare(name: str, count: int, room: int | None) -> int:
+    if room is not None and count > room:
+        raise ValueError(f"{name}: no room for {count} in {room}")
+    return 0 if room is None else room - count
 
 
 def _window(window: int | None) -> int:
