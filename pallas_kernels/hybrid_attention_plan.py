@@ -22,6 +22,7 @@ mask follow FlashMask and FlexAttention's BlockMask.
 
 import functools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -271,7 +272,7 @@ def check(meta: HybridMeta, tokens: int) -> None:
             f"seg_off: segments do not tile the sequences: none starts at {strange[0]}, where a "
             "sequence does"
         )
-    for i, (first, last) in enumerate(zip(cu, cu[1:], strict=False)):
+    for i, (first, last) in enumerate(pairwise(cu)):
         own = mode[(off[:-1] >= first) & (off[1:] <= last) & (off[1:] > off[:-1])]
         if (own == PAD).any() and len(own) > 1:
             raise ValueError(

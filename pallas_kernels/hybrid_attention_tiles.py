@@ -170,9 +170,12 @@ class Tiles:
         return self.of(column, ni * count, count, pick)
 
     def blocks(self, start: Any, stop: Any) -> tuple[Any, Any]:
-        """Blocks that have tokens of an interval, one at least, as [low, high)."""
-        low = jnp.where(start < stop, start // self.block_n, 0)
-        return low, jnp.maximum((stop + self.block_n - 1) // self.block_n, low + 1)
+        """Blocks that have tokens of an interval, one at least, as [low, high); none beyond T."""
+        count = self.block_n // TILE
+        most = (self.gmem.shape[0] + count - 1) // count
+        low = jnp.clip(jnp.where(start < stop, start // self.block_n, 0), 0, most - 1)
+        high = jnp.minimum((stop + self.block_n - 1) // self.block_n, most)
+        return low, jnp.maximum(high, low + 1)
 
     def keys_of(self, tile: Any, count: int) -> tuple[Any, Any]:
         """Blocks of keys that `count` tiles of queries may see."""
