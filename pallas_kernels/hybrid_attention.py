@@ -69,8 +69,8 @@ TURNS = True  # whether the warpgroups multiply in turns
 class Config:
     """Tile sizes and resources of the kernels; the result does not depend on them.
 
-    block_m: rows of the tile that a block of threads owns: queries, or keys for dk and dv. 128, or
-        64 for dk and dv: then the warpgroups share the rows, and part the columns.
+    block_m: rows of the tile that a block of threads owns: queries, or keys for dk and dv. 128; or
+        64 in the backward, where the warpgroups then share the rows and part the columns.
     block_n: rows of a slot of what it walks over.
     stages: slots of each ring.
     """
@@ -95,11 +95,10 @@ def default_config(T: int, Hq: int, Hk: int, D: int, dtype: Any, which: str = "f
         # Scores and o take 128 registers of a thread, whatever D is; q and two slots each of k and
         # v fill shared memory.
         return Config(block_n=64 if D > 128 else 128)
-    # Beside accumulators as wide as D, or two, there is room for scores and their gradients of 64
-    # columns each.
-    if which == "dq":
-        return Config(block_n=64, stages=1 if D > 128 else 2)
-    return Config(block_m=64 if D > 128 else 128, block_n=64, stages=2 if D > 128 else 3)
+    # Beside the sums there is room for scores and their gradients of 64 columns each. Sums wider
+    # than 128 are parted: their registers, two tiles of 64 rows and two slots leave no more.
+    stages = 3 if which == "dkdv" and D <= 128 else 2
+    return Config(block_m=128 if D <= 128 else 64, block_n=64, stages=stages)
 
 
 def _hybrid_attention_kernel(

@@ -52,6 +52,30 @@ from .hybrid_attention_tiles import (
 )
 
 
+def shared(block_m: int, D: int) -> tuple[Any, int]:
+    """(the rows of a tile that a warpgroup works at, and the columns of its sums; how many those).
+
+    64 rows each; or all have the same 64, and part the columns of the sums, whose registers they
+    would not have alone.
+    """
+    wide = D if block_m > TILE else D // WARPGROUPS
+
+    def share() -> tuple[Any, Any]:
+        if block_m > TILE:
+            return pl.ds(warpgroup() * TILE, TILE), pl.ds(0, wide)
+        # Row 0 for both, in words that the compiler does not see through: see `warpgroup`.
+        return pl.ds(warpgroup() // WARPGROUPS * TILE, TILE), pl.ds(warpgroup() * wide, wide)
+
+    return share, wide
+
+
+def meet(block_m: int, met: Any) -> None:
+    """Where the warpgroups share rows, neither writes to them before the other is here."""
+    if block_m == TILE:
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+
 def _hybrid_attention_delta_kernel(
     o_gmem: Any,  # [T, Hq, D]
     do_gmem: Any,
@@ -111,21 +135,24 @@ def _hybrid_attention_dq_kernel(
     q_full, q_free, k_full, k_free, v_full, v_free, met = (next(given) for _ in range(7))
     _, Hq, D = q_gmem.shape
     G = Hq // k_gmem.shape[1]
-    block_n, stages = config.block_n, config.stages
+    block_m, block_n, stages = config.block_m, config.block_n, config.stages
     tiles = Tiles(tiles_gmem, block_n)
     wg = lax.axis_index("wg")
+    parts = ORDERED // block_m  # tiles of queries of an entry of the order
     items = functools.partial(
         plgpu.nd_loop,
-        (order_gmem.shape[0], Hq),
+        (order_gmem.shape[0], parts, Hq),
         collective_axes="sm",
         init_carry=jnp.int32(0),
     )
 
     def place(item: Any) -> Any:
         # --- 1. which tile
-        mi = order_gmem[item.index[0]]
-        low, high = tiles.keys_of(mi * WARPGROUPS, WARPGROUPS)
-        return mi, item.index[1], jnp.minimum(tiles.seek(low, mi * ORDERED), high - 1), high
+        i, part, h = item.index
+        mi = order_gmem[i] * parts + part
+        low, high = tiles.keys_of(mi * (block_m // TILE), block_m // TILE)
+        row = mi * block_m
+        return row, h, jnp.minimum(tiles.seek(low, row), high - 1), high
 
     def slot_of(step: Any) -> Any:
         return lax.rem(step, jnp.int32(stages))
@@ -136,8 +163,8 @@ def _hybrid_attention_dq_kernel(
 
         @items()
         def _item(item: Any, *, carry: Any) -> Any:
-            mi, h, first, high = place(item)
-            rows = pl.ds(mi * ORDERED, ORDERED)
+            top, h, first, high = place(item)
+            rows = pl.ds(top, block_m)
             plgpu.barrier_wait(q_free)
             plgpu.copy_gmem_to_smem(q_gmem.at[rows, h], q_smem, q_full)
             plgpu.copy_gmem_to_smem(do_gmem.at[rows, h], do_smem, q_full)
@@ -149,7 +176,7 @@ def _hybrid_attention_dq_kernel(
                 plgpu.copy_gmem_to_smem(k_gmem.at[keys, h // G], k_smem.at[slot], k_full.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
                 plgpu.copy_gmem_to_smem(v_gmem.at[keys, h // G], v_smem.at[slot], v_full.at[slot])
-                return tiles.seek(ni + 1, mi * ORDERED), step + 1
+                return tiles.seek(ni + 1, top), step + 1
 
             return lax.while_loop(lambda state: state[0] < high, fill, (first, carry))[1]
 
@@ -165,12 +192,12 @@ def _hybrid_attention_dq_kernel(
         for slot in range(stages):
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
-        own = pl.ds(wg * TILE, TILE)
+        share, wide = shared(block_m, D)
 
         @items()
         def _item(item: Any, *, carry: Any) -> Any:
-            mi, h, first, high = place(item)
-            row = mi * ORDERED + wg * TILE
+            top, h, first, high = place(item)
+            row = top + share()[0].start
             lse = load(lse_gmem.at[h], row, TILE, ROW) * LOG2E
             delta = load(delta_gmem.at[h], row, TILE, ROW)
 
@@ -184,7 +211,7 @@ def _hybrid_attention_dq_kernel(
                 clear_dead((k_smem.at[slot],), dead, n, kv_start_gmem, kv_end_gmem, wg, met)
 
                 def gradient(s_acc: Any, dp_acc: Any) -> jax.Array:
-                    own = pl.ds(warpgroup() * TILE, TILE)
+                    own, _ = share()
                     plgpu.wgmma(s_acc, q_smem.at[own], k_smem.at[slot].T)
                     plgpu.wgmma(dp_acc, do_smem.at[own], v_smem.at[slot].T)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
@@ -206,27 +233,34 @@ def _hybrid_attention_dq_kernel(
                 scores = plgpu.ACC((TILE, block_n), jnp.float32)
                 dx = pl.run_scoped(gradient, scores, scores)
                 plgpu.barrier_arrive(v_free.at[slot])
-                free = tiles.seen(ni, mi * WARPGROUPS + wg)
+                free = tiles.seen(ni, row // TILE)
                 dx = lax.cond(free, lambda dx: dx, masked, dx).astype(k_smem.dtype)
 
                 def add(dq_acc: Any) -> None:
-                    plgpu.wgmma(dq_acc, dx, k_smem.at[slot])
+                    plgpu.wgmma(dq_acc, dx, k_smem.at[slot, :, share()[1]])
 
                 acc = pl.run_state(add)(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(k_free.at[slot])
-                return tiles.seek(ni + 1, mi * ORDERED), step + 1, acc
+                return tiles.seek(ni + 1, top), step + 1, acc
 
             plgpu.barrier_wait(q_full)
-            state = (first, carry, filled((TILE, D), 0.0))
+            state = (first, carry, filled((TILE, wide), 0.0))
             _, step, acc = lax.while_loop(lambda state: state[0] < high, visit, state)
 
             # --- 3. epilogue
             dq = (acc * scale).astype(dq_gmem.dtype)
 
             # --- 4. store
-            q_smem.at[own][...] = dq
+            own, columns = share()
+            meet(block_m, met)
+            q_smem.at[own, columns][...] = dq
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[own], dq_gmem.at[pl.ds(row, TILE), h])
+            meet(block_m, met)
+
+            @pl.when((wg == 0) | (block_m > TILE))
+            def _() -> None:
+                plgpu.copy_smem_to_gmem(q_smem.at[own], dq_gmem.at[pl.ds(row, TILE), h])
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free)
             return step
@@ -308,14 +342,7 @@ def _hybrid_attention_dkdv_kernel(
             plgpu.barrier_arrive(q_free.at[slot])
             plgpu.barrier_arrive(do_free.at[slot])
 
-        # Of the tile of keys a warpgroup has 64 rows; or all, and then half of the columns.
-        wide = D * block_m // ORDERED
-
-        def share() -> tuple[Any, Any]:
-            """Rows and columns of k and v that are this warpgroup's."""
-            if block_m == TILE:
-                return pl.ds(0, TILE), pl.ds(warpgroup() * wide, wide)
-            return pl.ds(warpgroup() * TILE, TILE), pl.ds(0, wide)
+        share, wide = shared(block_m, D)
 
         @items()
         def _item(item: Any, *, carry: Any) -> Any:
@@ -383,19 +410,14 @@ def _hybrid_attention_dkdv_kernel(
             # --- 3. epilogue
             dk, dv = ((x * y).astype(k_smem.dtype) for x, y in ((dk, scale), (dv, 1.0)))
 
-            def meet() -> None:
-                if block_m == TILE:  # where the warpgroups share rows of k and v
-                    plgpu.barrier_arrive(met)
-                    plgpu.barrier_wait(met)
-
             # --- 4. store
             own, columns = share()
             keys = pl.ds(first + own.start, TILE)
-            meet()
+            meet(block_m, met)
             k_smem.at[own, columns][...] = dk
             v_smem.at[own, columns][...] = dv
             plgpu.commit_smem()
-            meet()
+            meet(block_m, met)
             for i, (x_smem, x_gmem) in enumerate(((k_smem, dk_gmem), (v_smem, dv_gmem))):
 
                 @pl.when((wg == i) | (block_m > TILE))
@@ -470,13 +492,14 @@ def backward(
     stages, slots = dq_config.stages, (dq_config.stages, dq_config.block_n, D)
     free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     full = plgpu.Barrier(num_barriers=stages)
+    own = tile((dq_config.block_m, D))
     dq = walk(
         _hybrid_attention_dq_kernel,
         "hybrid_attention_dq_kernel",
         plan.q_order,
         like[0],
         [
-            *(tile((ORDERED, D)), tile((ORDERED, D)), tile(slots), tile(slots)),
+            *(own, own, tile(slots), tile(slots)),
             *(plgpu.Barrier(num_arrivals=2), both, full, free, full, free, both),
         ],
         dq_config,
