@@ -349,12 +349,11 @@ def _hybrid_attention_dkdv_kernel(
             first, h, low, high = place(item)
 
             # --- 2. main loop
-            def visit(i: Any, accs: Any) -> Any:
-                dk, dv = accs
+            def visit(step: Any, state: Any) -> Any:
+                ni, head, dk, dv = state
                 own, columns = share()
                 key = first + own.start
-                slot = slot_of(carry + i)
-                ni, head = low + lax.rem(i, high - low), h * G + lax.div(i, high - low)
+                slot = slot_of(step)
                 n = ni * block_n
                 q_slot, do_slot = q_smem.at[slot], do_smem.at[slot]
                 plgpu.barrier_wait(q_full.at[slot])
@@ -396,16 +395,18 @@ def _hybrid_attention_dkdv_kernel(
                     return dk_acc[...], dv_acc[...]
 
                 sums = plgpu.ACC((TILE, wide), jnp.float32)
-                accs = pl.run_scoped(products, square, square, sums, sums)
+                dk, dv = pl.run_scoped(products, square, square, sums, sums)
                 plgpu.barrier_arrive(q_free.at[slot])
-                return accs
+                more = ni + 1 < high
+                return jnp.where(more, ni + 1, low), jnp.where(more, head, head + 1), dk, dv
 
-            steps = G * (high - low)
+            stop = carry + G * (high - low)
             square = plgpu.ACC((TILE, block_n), jnp.float32)
             plgpu.barrier_wait(kv_full)
             dead = Tiles(tiles_gmem, block_m).dead(first // block_m)
             clear_dead((k_smem, v_smem), dead, first, kv_start_gmem, kv_end_gmem, wg, met)
-            dk, dv = lax.fori_loop(0, steps, visit, (filled((TILE, wide), 0.0),) * 2)
+            zero = filled((TILE, wide), 0.0)
+            *_, dk, dv = lax.fori_loop(carry, stop, visit, (low, h * G, zero, zero))
 
             # --- 3. epilogue
             dk, dv = ((x * y).astype(k_smem.dtype) for x, y in ((dk, scale), (dv, 1.0)))
@@ -426,7 +427,7 @@ def _hybrid_attention_dkdv_kernel(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(kv_free)
-            return carry + steps
+            return stop
 
         plgpu.wait_smem_to_gmem(0)
 
