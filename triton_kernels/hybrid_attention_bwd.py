@@ -97,6 +97,7 @@ def _visit_keys(
             k_tile = zero_dead(k_tile, kv_start_ptr, kv_end_ptr, j, T)
             v_tile = zero_dead(v_tile, kv_start_ptr, kv_end_ptr, j, T)
         s = tl.dot(q_tile, k_tile.T)  # [block_m, block_n]
+        dp = tl.dot(do_tile, v_tile.T)  # while p is exponentiated
         k_pos = j
         if biased:
             k_pos = tl.load(token_pos_ptr + j, mask=j < T, other=0)
@@ -108,7 +109,7 @@ def _visit_keys(
                 kv_start[:, None], kv_end[:, None], q_noise[:, None], j[None, :], noise[None, :]
             )
             p = tl.where(seen, p, 0.0)
-        dx = p * (tl.dot(do_tile, v_tile.T) - delta[:, None])
+        dx = p * (dp - delta[:, None])
         if capped:
             dx *= 1.0 - bent * bent
         acc = tl.dot(dx.to(k_tile.dtype), k_tile, acc)
@@ -210,6 +211,7 @@ def _visit_queries(
             q_tile = zero_dead(q_tile, kv_start_ptr, kv_end_ptr, m, T)
             do_tile = zero_dead(do_tile, kv_start_ptr, kv_end_ptr, m, T)
         s = tl.dot(k_tile, q_tile.T)  # [block_m keys, block_n queries]
+        dp = tl.dot(v_tile, do_tile.T)  # while p is exponentiated
         x, bent = scores(s, q_pos[None, :], k_pos[:, None], slope, scale, softcap, capped, biased)
         lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
         p = tl.exp2(x * unit - lse[None, :])
@@ -221,7 +223,7 @@ def _visit_queries(
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
         delta = tl.load(delta_ptr + (h * T + m), mask=m < T, other=0.0)
-        dx = p * (tl.dot(v_tile, do_tile.T) - delta[None, :])
+        dx = p * (dp - delta[None, :])
         if capped:
             dx *= 1.0 - bent * bent
         dk = tl.dot(dx.to(q_tile.dtype), q_tile, dk)
