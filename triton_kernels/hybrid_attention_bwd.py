@@ -196,7 +196,8 @@ def _visit_queries(
     """dk += dx^T @ q and dv += p^T @ do over the `count` tiles of queries in `bits`, of G heads,
     each in so many strips of block_n rows. More than one: some of their tokens see nothing."""
     h, left, strip = hk * G, bits, 0
-    # What does not change in the loop is not kept through it: registers are short.
+    # What does not change in the loop is not kept through it, and delta is loaded where it is
+    # needed: registers are short. lse is waited for before the products it runs beside.
     for _ in tl.range(0, count * strips * G, num_stages=stages, disable_licm=True):
         lane = lowest(left)
         m0 = ((first + lane) * strips + strip) * block_n
@@ -210,10 +211,10 @@ def _visit_queries(
         if dead:
             q_tile = zero_dead(q_tile, kv_start_ptr, kv_end_ptr, m, T)
             do_tile = zero_dead(do_tile, kv_start_ptr, kv_end_ptr, m, T)
+        lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
         s = tl.dot(k_tile, q_tile.T)  # [block_m keys, block_n queries]
         dp = tl.dot(v_tile, do_tile.T)  # while p is exponentiated
         x, bent = scores(s, q_pos[None, :], k_pos[:, None], slope, scale, softcap, capped, biased)
-        lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
         p = tl.exp2(x * unit - lse[None, :])
         if ((masked >> lane) & 1) != 0:
             # A key is seen by one interval of queries, whatever its noise.
