@@ -92,8 +92,8 @@ def default_config(T: int, Hq: int, Hk: int, D: int, dtype: Any, which: str = "f
     """The Config for T tokens on a Hopper; which: "fwd", "dq", or "dkdv"."""
     del T, Hq, Hk, dtype
     if which == "fwd":
-        # Scores and o take 128 registers of a thread, whatever D is; q and two slots each of k and
-        # v fill shared memory.
+        # Scores and o take 128 to 160 registers of a thread, and q with two slots each of k and v
+        # fill shared memory.
         return Config(block_n=64 if D > 128 else 128)
     # Beside the sums there is room for scores and their gradients of 64 columns each. Sums wider
     # than 128 are parted: their registers, two tiles of 64 rows and two slots leave no more.
@@ -433,6 +433,8 @@ def hybrid_attention_bwd(
     (T, Hq, D), Hk = q.shape, k.shape[1]
     if 0 in (T, Hq):
         return tuple(map(jnp.zeros_like, (q, k, v)))
+    if config is not None and config.block_m == TILE and D < 128:
+        raise ValueError(f"block_m: expected 128 for a head dim of {D}, got {config.block_m}")
     dq, dkdv = (config or default_config(T, Hq, Hk, D, q.dtype, w) for w in ("dq", "dkdv"))
     dlse = jnp.zeros_like(lse) if dlse is None else dlse
     do = do.astype(q.dtype)

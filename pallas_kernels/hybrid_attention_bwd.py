@@ -285,7 +285,7 @@ def _hybrid_attention_dkdv_kernel(
     (_, Hk, D), Hq = k_gmem.shape, q_gmem.shape[1]
     G = Hq // Hk
     block_m, block_n, stages = config.block_m, config.block_n, config.stages
-    tiles = Tiles(tiles_gmem, block_n)
+    tiles, fine = Tiles(tiles_gmem, block_n), Tiles(tiles_gmem, TILE)
     wg = lax.axis_index("wg")
     parts = ORDERED // block_m  # tiles of keys of an entry of the order
     items = functools.partial(
@@ -384,7 +384,9 @@ def _hybrid_attention_dkdv_kernel(
                         theirs = load(pos_gmem, n, block_n, COLUMN)
                     x, factor, bend = capped(s, scale, softcap, slope, pos, theirs)
                     p = jnp.exp2(x * factor - down(lse, TILE))
-                    p = lax.cond(tiles.seen(key // TILE, ni), lambda p: p, masked, p)
+                    free = [fine.seen(key // TILE, n // TILE + i) for i in range(block_n // TILE)]
+                    free = functools.reduce(jnp.logical_and, free)
+                    p = lax.cond(free, lambda p: p, masked, p)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                     dx = p * dp
                     dx = dx if bend is None else dx * bend
