@@ -16,6 +16,7 @@ Sources: FlashAttention-2 (arXiv:2307.08691) for delta and for recomputing p; tw
 own what they write, in place of one that adds to dq atomically, are the Triton tutorial 06's.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,6 @@ from .hybrid_attention_tiles import (
     STRIP,
     after,
     bounds,
-    empty_lse,
     load_tile,
     lowest,
     operand,
@@ -42,11 +42,17 @@ from .hybrid_attention_tiles import (
 
 
 @triton.jit
+def padded(T):
+    """Up to whole tiles of 128, so that loads of lse and delta need no masks."""
+    return (T + 127) // 128 * 128
+
+
+@triton.jit
 def _hybrid_attention_delta_kernel(
     o, do,  # [T, Hq, D]
     lse_ptr,  # [Hq, T]
     dlse_ptr,  # [Hq, T] or None
-    lse_2_ptr, delta_ptr,  # [Hq, T]: lse in units of log 2, and delta; 0 for what sees nothing
+    lse_2_ptr, delta_ptr,  # [Hq, padded(T)]: lse in units of log 2, delta; 0 for what sees nothing
     kv_start_ptr, kv_end_ptr,
     T, Hq, D,
     block_m: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
@@ -70,8 +76,9 @@ def _hybrid_attention_delta_kernel(
     lse = tl.load(lse_ptr + at, mask=live, other=0.0)
 
     # --- 4. store
-    tl.store(lse_2_ptr + at, lse * LOG2_E, mask=m < T)
-    tl.store(delta_ptr + at, tl.where(live, delta, 0.0), mask=m < T)
+    at = h * padded(T) + m
+    tl.store(lse_2_ptr + at, lse * LOG2_E)
+    tl.store(delta_ptr + at, tl.where(live, delta, 0.0))
 
 
 @triton.jit
@@ -134,8 +141,8 @@ def _hybrid_attention_dq_kernel(
     m = mi * block_m + tl.arange(0, block_m)
     kv_start, kv_end, noise_id = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
     mine = bounds(tiles_ptr, mi, T, block_m // 64)
-    lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
-    delta = tl.load(delta_ptr + (h * T + m), mask=m < T, other=0.0)
+    lse = tl.load(lse_ptr + (h * padded(T) + m))
+    delta = tl.load(delta_ptr + (h * padded(T) + m))
     q_pos, slope = m, 0.0
     if biased:
         q_pos = tl.load(token_pos_ptr + m, mask=m < T, other=0)
@@ -211,7 +218,7 @@ def _visit_queries(
         if dead:
             q_tile = zero_dead(q_tile, kv_start_ptr, kv_end_ptr, m, T)
             do_tile = zero_dead(do_tile, kv_start_ptr, kv_end_ptr, m, T)
-        lse = tl.load(lse_ptr + (h * T + m), mask=m < T, other=0.0)
+        lse = tl.load(lse_ptr + (h * padded(T) + m))
         s = tl.dot(k_tile, q_tile.T)  # [block_m keys, block_n queries]
         dp = tl.dot(v_tile, do_tile.T)  # while p is exponentiated
         x, bent = scores(s, q_pos[None, :], k_pos[:, None], slope, scale, softcap, capped, biased)
@@ -223,7 +230,7 @@ def _visit_queries(
             seen = (m[None, :] >= q_start[:, None]) & (m[None, :] < q_end[:, None])
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
-        delta = tl.load(delta_ptr + (h * T + m), mask=m < T, other=0.0)
+        delta = tl.load(delta_ptr + (h * padded(T) + m))
         dx = p * (dp - delta[None, :])
         if capped:
             dx *= 1.0 - bent * bent
@@ -335,11 +342,12 @@ def backward(
     q, k, v, o, do = map(readable, (q, k, v, o, do))
     lse, dlse, alibi = (None if x is None else x.contiguous() for x in (lse, dlse, alibi))
     kv_start, kv_end, noise_id, q_start, q_end, token_pos, tiles, q_order, k_order = plan
-    lse_2, delta = empty_lse(q), empty_lse(q)
+    padded_lse = (Hq, 128 * len(q_order))
+    lse_2, delta = (q.new_empty(padded_lse, dtype=torch.float32) for _ in range(2))
     block_d, tma, numbers = _lib.power_of_2(D), _lib.has_tma(), (T, Hq, Hk, D, scale, softcap)
     with _lib.on_device(q):
         _lib.check_gpu()
-        _hybrid_attention_delta_kernel[(_lib.cdiv(T, 64) * Hq,)](
+        _hybrid_attention_delta_kernel[(2 * len(q_order) * Hq,)](
             operand(o, 64, block_d), operand(do, 64, block_d), lse, dlse, lse_2, delta,
             kv_start, kv_end,
             T, Hq, D, 64, block_d, tma, num_warps=4,
