@@ -5,9 +5,25 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-__all__ = ["grouped_gemm", "grouped_gemm_dw", "matmul", "rms_norm", "softmax"]
+__all__ = [
+    "HybridMeta",
+    "HybridPlan",
+    "grouped_gemm",
+    "grouped_gemm_dw",
+    "hybrid_attention",
+    "hybrid_plan",
+    "matmul",
+    "rms_norm",
+    "softmax",
+]
 # where a public function lies that has not its file's name
-_FILE = {"grouped_gemm": "moe_gemm", "grouped_gemm_dw": "moe_gemm"}
+_FILE = {
+    "HybridMeta": "hybrid_attention",
+    "HybridPlan": "hybrid_attention",
+    "grouped_gemm": "moe_gemm",
+    "grouped_gemm_dw": "moe_gemm",
+    "hybrid_plan": "hybrid_attention",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -577,6 +577,8 @@ PROBLEM = Problem(
         "jax.nn.cudnn": "parity.peers.attention:jax_cudnn_attention",
     },
     bwd_options=("scale", "softcap"),
+    # where T is no multiple of a tile: bounds up to it, and results without what is beyond
+    glue=("pad", "slice", "convert_element_type"),
     keywords=("alibi",),
     arguments=("q", "k", "v", "plan"),
     bundles={"plan": ("HybridPlan", PLAN), "meta": ("HybridMeta", META)},

@@ -1,0 +1,525 @@
+"""Gradients of hybrid attention: two walks over the same tiles, each in a fixed order.
+
+    p[i, j] = exp(x[i, j] - lse[i])     delta[i] = sum_d do[i] o[i] - dlse[i]
+    dx = p * (do @ v^T - delta)         under a softcap times 1 - tanh^2
+    dv = p^T @ do       dk = scale * dx^T @ q       dq = scale * dx @ k
+
+    delta: for every token and head
+    dq: for each tile of queries and head: for each tile of keys that one of them may see:
+            x = q @ k^T, dp = do @ v^T, dq += dx @ k
+    dk, dv: for each tile of keys and head of theirs: for each of the G heads that share them, for
+            each tile of queries that may see one of them:
+            x^T = k @ q^T, dp^T = v @ do^T, dv += p^T @ do, dk += dx^T @ q
+
+p^T and dx^T come out of their products as the first operand of the next, in registers: nothing is
+transposed. Rows of dead tokens are cleared where a product runs over them.
+
+Twin: triton_kernels/hybrid_attention_bwd.py.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import _lib
+from .hybrid_attention_plan import ORDERED, TILE, HybridPlan
+from .hybrid_attention_tiles import (
+    COLUMN,
+    COMPUTE_REGISTERS,
+    LAYOUT,
+    LOG2E,
+    MEMORY_REGISTERS,
+    PARAMS,
+    ROW,
+    WARPGROUPS,
+    Tiles,
+    across,
+    aligned,
+    capped,
+    clear_dead,
+    down,
+    filled,
+    load,
+    padded,
+    piece,
+    visible,
+    warpgroup,
+)
+
+
+def shared(block_m: int, D: int) -> tuple[Any, int]:
+    """(the rows of a tile that a warpgroup works at, and the columns of its sums; how many those).
+
+    64 rows each; or all have the same 64, and part the columns of the sums, whose registers they
+    would not have alone.
+    """
+    wide = D if block_m > TILE else D // WARPGROUPS
+
+    def share() -> tuple[Any, Any]:
+        if block_m > TILE:
+            return pl.ds(warpgroup() * TILE, TILE), pl.ds(0, wide)
+        # Row 0 for both, in words that the compiler does not see through: see `warpgroup`.
+        return pl.ds(warpgroup() // WARPGROUPS * TILE, TILE), pl.ds(warpgroup() * wide, wide)
+
+    return share, wide
+
+
+def meet(block_m: int, met: Any) -> None:
+    """Where the warpgroups share rows, neither writes to them before the other is here."""
+    if block_m == TILE:
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+
+
+def _hybrid_attention_delta_kernel(
+    o_gmem: Any,  # [T, Hq, D]
+    do_gmem: Any,
+    dlse_gmem: Any,  # [Hq, T and room up to a multiple of 128]
+    kv_start_gmem: Any,  # [T and that room]
+    kv_end_gmem: Any,
+    delta_gmem: Any,  # as dlse
+    o_smem: Any,  # [128, D]
+    do_smem: Any,
+    delta_smem: Any,  # [warpgroups, 64]
+    full: Any,
+) -> None:
+    # --- 1. which tile
+    h, wg = lax.axis_index("h"), lax.axis_index("wg")
+    row = lax.axis_index("rows") * ORDERED + wg * TILE
+    own = pl.ds(wg * TILE, TILE)
+    plgpu.copy_gmem_to_smem(o_gmem.at[pl.ds(row, TILE), h], o_smem.at[own], full.at[wg])
+    plgpu.copy_gmem_to_smem(do_gmem.at[pl.ds(row, TILE), h], do_smem.at[own], full.at[wg])
+    dlse = load(dlse_gmem.at[h], row, TILE, ROW)
+    start, stop = (load(x_gmem, row, TILE, ROW) for x_gmem in (kv_start_gmem, kv_end_gmem))
+    plgpu.barrier_wait(full.at[wg])
+
+    # --- 2. main loop
+    columns = piece(o_smem.shape[1])
+
+    def add(i: Any, total: jax.Array) -> jax.Array:
+        o, do = (
+            plgpu.load(x.at[own, pl.ds(i * columns, columns)], layout=LAYOUT).astype(jnp.float32)
+            for x in (o_smem, do_smem)
+        )
+        return total + (o * do).sum(axis=1)
+
+    total = lax.fori_loop(0, o_smem.shape[1] // columns, add, filled((TILE,), 0.0))
+
+    # --- 3. epilogue
+    delta_smem[wg] = jnp.where(start < stop, total - dlse, 0.0)  # dead tokens have NaN
+    plgpu.commit_smem()
+
+    # --- 4. store
+    plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_gmem.at[h, pl.ds(row, TILE)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _hybrid_attention_dq_kernel(
+    *refs: Any, scale: float, softcap: float, biased: bool, config: Any
+) -> None:
+    given = iter(refs)
+    q_gmem, k_gmem, v_gmem, do_gmem = (next(given) for _ in range(4))  # [T, heads, D]
+    lse_gmem, delta_gmem = (next(given) for _ in range(2))  # [Hq, T]
+    kv_start_gmem, kv_end_gmem, q_start_gmem, q_end_gmem, pos_gmem = (
+        next(given) for _ in range(5)
+    )  # [T]
+    tiles_gmem, order_gmem = next(given), next(given)
+    alibi_gmem = next(given) if biased else None  # [Hq]
+    dq_gmem = next(given)
+    q_smem, do_smem, k_smem, v_smem = (next(given) for _ in range(4))
+    q_full, q_free, k_full, k_free, v_full, v_free, met = (next(given) for _ in range(7))
+    _, Hq, D = q_gmem.shape
+    G = Hq // k_gmem.shape[1]
+    block_m, block_n, stages = config.block_m, config.block_n, config.stages
+    tiles = Tiles(tiles_gmem, block_n)
+    wg = lax.axis_index("wg")
+    parts = ORDERED // block_m  # tiles of queries of an entry of the order
+    items = functools.partial(
+        plgpu.nd_loop,
+        (order_gmem.shape[0], parts, Hq),
+        collective_axes="sm",
+        init_carry=jnp.int32(0),
+    )
+
+    def place(item: Any) -> Any:
+        # --- 1. which tile
+        i, part, h = item.index
+        mi = order_gmem[i] * parts + part
+        low, high = tiles.keys_of(mi * (block_m // TILE), block_m // TILE)
+        row = mi * block_m
+        return row, h, jnp.minimum(tiles.seek(low, row), high - 1), high
+
+    def slot_of(step: Any) -> Any:
+        return lax.rem(step, jnp.int32(stages))
+
+    @pl.when(wg == WARPGROUPS)
+    def _memory() -> None:
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+        @items()
+        def _item(item: Any, *, carry: Any) -> Any:
+            top, h, first, high = place(item)
+            rows = pl.ds(top, block_m)
+            plgpu.barrier_wait(q_free)
+            plgpu.copy_gmem_to_smem(q_gmem.at[rows, h], q_smem, q_full)
+            plgpu.copy_gmem_to_smem(do_gmem.at[rows, h], do_smem, q_full)
+
+            def fill(state: Any) -> Any:
+                ni, step = state
+                slot, keys = slot_of(step), pl.ds(ni * block_n, block_n)
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.copy_gmem_to_smem(k_gmem.at[keys, h // G], k_smem.at[slot], k_full.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+                plgpu.copy_gmem_to_smem(v_gmem.at[keys, h // G], v_smem.at[slot], v_full.at[slot])
+                return tiles.seek(ni + 1, top), step + 1
+
+            return lax.while_loop(lambda state: state[0] < high, fill, (first, carry))[1]
+
+        plgpu.barrier_wait(q_free)
+        for slot in range(stages):
+            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.barrier_wait(v_free.at[slot])
+
+    @pl.when(wg < WARPGROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.barrier_arrive(q_free)
+        for slot in range(stages):
+            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+        share, wide = shared(block_m, D)
+
+        @items()
+        def _item(item: Any, *, carry: Any) -> Any:
+            top, h, first, high = place(item)
+            row = top + share()[0].start
+            lse = load(lse_gmem.at[h], row, TILE, ROW) * LOG2E
+            delta = load(delta_gmem.at[h], row, TILE, ROW)
+
+            # --- 2. main loop
+            def visit(state: Any) -> Any:
+                ni, step, acc = state
+                slot, n = slot_of(step), ni * block_n
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(v_full.at[slot])
+                dead = tiles.dead(ni)
+                clear_dead((k_smem.at[slot],), dead, n, kv_start_gmem, kv_end_gmem, wg, met)
+
+                def gradient(s_acc: Any, dp_acc: Any) -> jax.Array:
+                    own, _ = share()
+                    plgpu.wgmma(s_acc, q_smem.at[own], k_smem.at[slot].T)
+                    plgpu.wgmma(dp_acc, do_smem.at[own], v_smem.at[slot].T)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                    slope = pos = theirs = None
+                    if alibi_gmem is not None:
+                        slope, pos = alibi_gmem[h], load(pos_gmem, row, TILE, ROW)
+                        theirs = load(pos_gmem, n, block_n, COLUMN)
+                    x, factor, bend = capped(s, scale, softcap, slope, pos, theirs)
+                    p = jnp.exp2(x * factor - across(lse, block_n))
+                    dx = p * (dp_acc[...] - across(delta, block_n))
+                    return dx if bend is None else dx * bend
+
+                def masked(dx: jax.Array) -> jax.Array:
+                    start, stop = (
+                        load(x_gmem, n, block_n, COLUMN) for x_gmem in (q_start_gmem, q_end_gmem)
+                    )
+                    return jnp.where(visible(row, start, stop, TILE), dx, 0.0)
+
+                scores = plgpu.ACC((TILE, block_n), jnp.float32)
+                dx = pl.run_scoped(gradient, scores, scores)
+                plgpu.barrier_arrive(v_free.at[slot])
+                free = tiles.seen(ni, row // TILE)
+                dx = lax.cond(free, lambda dx: dx, masked, dx).astype(k_smem.dtype)
+
+                def add(dq_acc: Any) -> None:
+                    plgpu.wgmma(dq_acc, dx, k_smem.at[slot, :, share()[1]])
+
+                acc = pl.run_state(add)(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(k_free.at[slot])
+                return tiles.seek(ni + 1, top), step + 1, acc
+
+            plgpu.barrier_wait(q_full)
+            state = (first, carry, filled((TILE, wide), 0.0))
+            _, step, acc = lax.while_loop(lambda state: state[0] < high, visit, state)
+
+            # --- 3. epilogue
+            dq = (acc * scale).astype(dq_gmem.dtype)
+
+            # --- 4. store
+            own, columns = share()
+            meet(block_m, met)
+            q_smem.at[own, columns][...] = dq
+            plgpu.commit_smem()
+            meet(block_m, met)
+
+            @pl.when((wg == 0) | (block_m > TILE))
+            def _() -> None:
+                plgpu.copy_smem_to_gmem(q_smem.at[own], dq_gmem.at[pl.ds(row, TILE), h])
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free)
+            return step
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _hybrid_attention_dkdv_kernel(
+    *refs: Any, scale: float, softcap: float, biased: bool, config: Any
+) -> None:
+    given = iter(refs)
+    q_gmem, k_gmem, v_gmem, do_gmem = (next(given) for _ in range(4))  # [T, heads, D]
+    lse_gmem, delta_gmem = (next(given) for _ in range(2))  # [Hq, T]
+    kv_start_gmem, kv_end_gmem, q_start_gmem, q_end_gmem, pos_gmem = (
+        next(given) for _ in range(5)
+    )  # [T]
+    tiles_gmem, order_gmem = next(given), next(given)
+    alibi_gmem = next(given) if biased else None  # [Hq]
+    dk_gmem, dv_gmem = next(given), next(given)
+    k_smem, v_smem, q_smem, do_smem = (next(given) for _ in range(4))
+    kv_full, kv_free, q_full, q_free, do_full, do_free, met = (next(given) for _ in range(7))
+    (_, Hk, D), Hq = k_gmem.shape, q_gmem.shape[1]
+    G = Hq // Hk
+    block_m, block_n, stages = config.block_m, config.block_n, config.stages
+    tiles, fine = Tiles(tiles_gmem, block_n), Tiles(tiles_gmem, TILE)
+    wg = lax.axis_index("wg")
+    parts = ORDERED // block_m  # tiles of keys of an entry of the order
+    items = functools.partial(
+        plgpu.nd_loop,
+        (order_gmem.shape[0], parts, Hk),
+        collective_axes="sm",
+        init_carry=jnp.int32(0),
+    )
+
+    def place(item: Any) -> Any:
+        # --- 1. which tile
+        i, part, h = item.index
+        mi = order_gmem[i] * parts + part
+        low, high = tiles.queries_of(mi * (block_m // TILE), block_m // TILE)
+        return mi * block_m, h, low, high
+
+    def slot_of(step: Any) -> Any:
+        return lax.rem(step, jnp.int32(stages))
+
+    @pl.when(wg == WARPGROUPS)
+    def _memory() -> None:
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+        @items()
+        def _item(item: Any, *, carry: Any) -> Any:
+            key, h, low, high = place(item)
+            keys = pl.ds(key, block_m)
+            plgpu.barrier_wait(kv_free)
+            plgpu.copy_gmem_to_smem(k_gmem.at[keys, h], k_smem, kv_full)
+            plgpu.copy_gmem_to_smem(v_gmem.at[keys, h], v_smem, kv_full)
+
+            @pl.loop(0, G * (high - low))
+            def _fill(i: Any) -> None:
+                slot = slot_of(carry + i)
+                head = h * G + lax.div(i, high - low)
+                rows = pl.ds((low + lax.rem(i, high - low)) * block_n, block_n)
+                plgpu.barrier_wait(q_free.at[slot])
+                plgpu.copy_gmem_to_smem(q_gmem.at[rows, head], q_smem.at[slot], q_full.at[slot])
+                plgpu.barrier_wait(do_free.at[slot])
+                plgpu.copy_gmem_to_smem(do_gmem.at[rows, head], do_smem.at[slot], do_full.at[slot])
+
+            return carry + G * (high - low)
+
+        plgpu.barrier_wait(kv_free)
+        for slot in range(stages):
+            plgpu.barrier_wait(q_free.at[slot])
+            plgpu.barrier_wait(do_free.at[slot])
+
+    @pl.when(wg < WARPGROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.barrier_arrive(kv_free)
+        for slot in range(stages):
+            plgpu.barrier_arrive(q_free.at[slot])
+            plgpu.barrier_arrive(do_free.at[slot])
+
+        share, wide = shared(block_m, D)
+
+        @items()
+        def _item(item: Any, *, carry: Any) -> Any:
+            first, h, low, high = place(item)
+
+            # --- 2. main loop
+            def visit(step: Any, state: Any) -> Any:
+                ni, head, dk, dv = state
+                own, columns = share()
+                key = first + own.start
+                slot = slot_of(step)
+                n = ni * block_n
+                q_slot, do_slot = q_smem.at[slot], do_smem.at[slot]
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(do_full.at[slot])
+                dead = tiles.dead(ni)
+                clear_dead((q_slot, do_slot), dead, n, kv_start_gmem, kv_end_gmem, wg, met)
+
+                def masked(p: jax.Array) -> jax.Array:
+                    start, stop = (
+                        load(x_gmem, key, TILE, ROW) - n for x_gmem in (q_start_gmem, q_end_gmem)
+                    )
+                    i = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=LAYOUT)
+                    seen = (i >= across(start, block_n)) & (i < across(stop, block_n))
+                    return jnp.where(seen, p, 0.0)
+
+                def products(s_acc: Any, dp_acc: Any, dk_acc: Any, dv_acc: Any) -> Any:
+                    dk_acc[...] = dk
+                    dv_acc[...] = dv
+                    plgpu.wgmma(s_acc, k_smem.at[own], q_slot.T)
+                    delta = load(delta_gmem.at[head], n, block_n, COLUMN)
+                    dp_acc[...] = down(0.0 - delta, TILE)
+                    plgpu.wgmma(dp_acc, v_smem.at[own], do_slot.T)
+                    lse = load(lse_gmem.at[head], n, block_n, COLUMN) * LOG2E
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                    slope = pos = theirs = None
+                    if alibi_gmem is not None:
+                        slope, pos = alibi_gmem[head], load(pos_gmem, key, TILE, ROW)
+                        theirs = load(pos_gmem, n, block_n, COLUMN)
+                    x, factor, bend = capped(s, scale, softcap, slope, pos, theirs)
+                    p = jnp.exp2(x * factor - down(lse, TILE))
+                    free = [fine.seen(key // TILE, n // TILE + i) for i in range(block_n // TILE)]
+                    free = functools.reduce(jnp.logical_and, free)
+                    p = lax.cond(free, lambda p: p, masked, p)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+                    dx = p * dp
+                    dx = dx if bend is None else dx * bend
+                    plgpu.wgmma(dv_acc, p.astype(q_smem.dtype), do_slot.at[:, columns])
+                    plgpu.wgmma(dk_acc, dx.astype(q_smem.dtype), q_slot.at[:, columns])
+                    plgpu.wgmma_wait(1)
+                    plgpu.barrier_arrive(do_free.at[slot])
+                    return dk_acc[...], dv_acc[...]
+
+                sums = plgpu.ACC((TILE, wide), jnp.float32)
+                dk, dv = pl.run_scoped(products, square, square, sums, sums)
+                plgpu.barrier_arrive(q_free.at[slot])
+                more = ni + 1 < high
+                return jnp.where(more, ni + 1, low), jnp.where(more, head, head + 1), dk, dv
+
+            stop = carry + G * (high - low)
+            square = plgpu.ACC((TILE, block_n), jnp.float32)
+            plgpu.barrier_wait(kv_full)
+            dead = Tiles(tiles_gmem, block_m).dead(first // block_m)
+            clear_dead((k_smem, v_smem), dead, first, kv_start_gmem, kv_end_gmem, wg, met)
+            zero = filled((TILE, wide), 0.0)
+            *_, dk, dv = lax.fori_loop(carry, stop, visit, (low, h * G, zero, zero))
+
+            # --- 3. epilogue
+            dk, dv = ((x * y).astype(k_smem.dtype) for x, y in ((dk, scale), (dv, 1.0)))
+
+            # --- 4. store
+            own, columns = share()
+            keys = pl.ds(first + own.start, TILE)
+            meet(block_m, met)
+            k_smem.at[own, columns][...] = dk
+            v_smem.at[own, columns][...] = dv
+            plgpu.commit_smem()
+            meet(block_m, met)
+            for i, (x_smem, x_gmem) in enumerate(((k_smem, dk_gmem), (v_smem, dv_gmem))):
+
+                @pl.when((wg == i) | (block_m > TILE))
+                def _(x_smem: Any = x_smem, x_gmem: Any = x_gmem) -> None:
+                    plgpu.copy_smem_to_gmem(x_smem.at[own], x_gmem.at[keys, h])
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(kv_free)
+            return stop
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    o: jax.Array,
+    lse: jax.Array,
+    alibi: jax.Array | None,
+    plan: HybridPlan,
+    do: jax.Array,
+    dlse: jax.Array,
+    scale: float,
+    softcap: float,
+    dq_config: Any,
+    dkdv_config: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq, dk, dv); see hybrid_attention_bwd."""
+    T, Hq, D = q.shape
+    q, k, v, o, do = aligned(q, k, v, o, do)
+    room = (Hq, _lib.cdiv(T, ORDERED) * ORDERED)
+    lse, dlse = (_lib.pad(x, ORDERED) for x in (lse, dlse))
+    tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=_lib.swizzled(q.dtype, D))
+    bounds = padded(plan.kv_start, plan.kv_end, plan.q_start, plan.q_end, plan.token_pos)
+    launch = functools.partial(plgpu.kernel, thread_name="wg")
+    delta = launch(
+        _hybrid_attention_delta_kernel,
+        out_type=jax.ShapeDtypeStruct(room, jnp.float32),
+        scratch_types=[
+            tile((ORDERED, D)),
+            tile((ORDERED, D)),
+            plgpu.SMEM((WARPGROUPS, TILE), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+        ],
+        grid=(Hq, room[1] // ORDERED),
+        grid_names=("h", "rows"),
+        num_threads=WARPGROUPS,
+        compiler_params=PARAMS,
+        kernel_name="hybrid_attention_delta_kernel",
+    )(o, do, dlse, *bounds[:2])
+
+    def walk(kernel: Any, name: str, order: Any, outs: Any, scratch: list, config: Any) -> Any:
+        options = {"scale": scale, "softcap": softcap, "biased": alibi is not None}
+        return launch(
+            functools.partial(kernel, **options, config=config),
+            out_type=outs,
+            scratch_types=scratch,
+            grid=(_lib.num_sms(),),
+            grid_names=("sm",),
+            num_threads=WARPGROUPS + 1,
+            compiler_params=PARAMS,
+            kernel_name=name,
+        )(
+            q, k, v, do, lse, delta,
+            *bounds,
+            plan.tiles, order, *([] if alibi is None else [alibi]),
+        )  # fmt: skip
+
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    both = plgpu.Barrier(num_arrivals=WARPGROUPS)
+    stages, slots = dq_config.stages, (dq_config.stages, dq_config.block_n, D)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    full = plgpu.Barrier(num_barriers=stages)
+    own = tile((dq_config.block_m, D))
+    dq = walk(
+        _hybrid_attention_dq_kernel,
+        "hybrid_attention_dq_kernel",
+        plan.q_order,
+        like[0],
+        [
+            *(own, own, tile(slots), tile(slots)),
+            *(plgpu.Barrier(num_arrivals=2), both, full, free, full, free, both),
+        ],
+        dq_config,
+    )
+    stages, slots = dkdv_config.stages, (dkdv_config.stages, dkdv_config.block_n, D)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    full = plgpu.Barrier(num_barriers=stages)
+    own = tile((dkdv_config.block_m, D))
+    dk, dv = walk(
+        _hybrid_attention_dkdv_kernel,
+        "hybrid_attention_dkdv_kernel",
+        plan.k_order,
+        like[1:],
+        [
+            *(own, own, tile(slots), tile(slots)),
+            *(plgpu.Barrier(num_arrivals=2), both, full, free, full, free, both),
+        ],
+        dkdv_config,
+    )
+    return _lib.vary_alike(dq[:T], dk[:T], dv[:T], q)[:3]
