@@ -97,3 +97,9 @@ def test_what_was_tried_is_current(monkeypatch: pytest.MonkeyPatch):
     import tried
 
     assert (ROOT / "docs" / "tried.md").read_text() == tried.rendered(), "run `make docs`"
+
+
+def test_the_masks_of_the_page_are_the_same_from_both_sides():
+    page = (ROOT / "docs" / "flex-masks.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(code, {})

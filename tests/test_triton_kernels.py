@@ -51,7 +51,8 @@ def test_importing_the_package_imports_no_framework():
 def test_only_public_functions_are_exported():
     import triton_kernels
 
-    names = ["grouped_gemm", "grouped_gemm_dw", "matmul", "rms_norm", "softmax"]
+    names = ["HybridMeta", "HybridPlan", "grouped_gemm", "grouped_gemm_dw", "hybrid_attention"]
+    names += ["hybrid_plan", "matmul", "rms_norm", "softmax"]
     assert dir(triton_kernels) == names
     assert callable(triton_kernels.matmul) and callable(triton_kernels.rms_norm)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
