@@ -124,6 +124,7 @@ def run(notebook: NotebookNode) -> float:
     client = NotebookClient(
         notebook, timeout=LIMIT, kernel_name="python3", record_timing=False,
         resources={"metadata": {"path": str(ROOT)}},
+        extra_arguments=["--log-level=40"],  # it warns that it talks over TCP: to this machine
     )  # fmt: skip
     client.execute()
     for cell in notebook.cells:

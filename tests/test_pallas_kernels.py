@@ -40,7 +40,8 @@ def _f64(*arrays: jax.Array) -> list[np.ndarray]:
 
 
 def test_the_package_exports_functions_and_loads_them_late():
-    names = ["grouped_gemm", "grouped_gemm_dw", "matmul", "rms_norm", "softmax"]
+    names = ["HybridMeta", "HybridPlan", "grouped_gemm", "grouped_gemm_dw", "hybrid_attention"]
+    names += ["hybrid_plan", "matmul", "rms_norm", "softmax"]
     assert dir(pallas_kernels) == names
     assert callable(matmul) and callable(rms_norm) and callable(softmax)
     with pytest.raises(AttributeError, match="no_such"):
