@@ -179,7 +179,7 @@ def slider(draw: Callable[[Any], Picture], values: Sequence[Any], start: Any, la
     try:
         if built():
             raise ImportError
-        import ipywidgets
+        import ipywidgets  # pyright: ignore[reportMissingImports] (extra "notebooks")
     except ImportError:
         for value in dict.fromkeys((values[0], start, values[-1])):
             _say(f"{label} = {_number(value)}")
