@@ -436,6 +436,21 @@ def test_a_peer_that_computes_something_else_is_not_timed(
     assert row["us"] is None and row["note"].startswith("computes something else: 1")
 
 
+def test_what_marks_a_bound_may_be_faster_than_the_roof(
+    fake_gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch
+):
+    from parity import peers
+
+    def mark(which: str, inputs: dict, cotangents: dict, options: dict) -> Callable:
+        call = peers.cublas_matmul(which, inputs, cotangents, options)
+        return peers._with_config(call, {"computes": "the same, as a mark"})
+
+    fake_gpu["peer:jax.numpy"] = 90.0
+    assert measured_rows(green())["peer:jax.numpy"]["us"] is None
+    monkeypatch.setattr(peers, "jax_matmul", mark)
+    assert measured_rows(green())["peer:jax.numpy"]["us"]["p50"] == 90.0
+
+
 def test_a_peer_that_crashes_says_so(fake_gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch):
     from parity import peers
 
