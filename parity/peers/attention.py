@@ -49,12 +49,12 @@ def flex_attention(which: str, inputs: Arrays, cotangents: Arrays, options: Opti
         return s if alibi is None else s - alibi[h] * (at[i] - at[j]).abs()
 
     def attend(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-        o, lse = flex.flex_attention(
-            q, k, v, block_mask=made, scale=options.get("scale"), return_lse=True,
+        o, more = flex.flex_attention(
+            q, k, v, block_mask=made, scale=options.get("scale"),
             score_mod=score if softcap or alibi is not None else None,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=q.shape[1] != k.shape[1], return_aux=flex.AuxRequest(lse=True),
         )  # type: ignore[misc]  # fmt: skip
-        return o[0].transpose(0, 1), lse[0]
+        return o[0].transpose(0, 1), more.lse[0]
 
     dys = _torch(cotangents, "do", "dlse")
     call = _compiled_form(which, attend, [q, k, v], [q, k, v], dys)
