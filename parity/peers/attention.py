@@ -54,7 +54,7 @@ def flex_attention(which: str, inputs: Arrays, cotangents: Arrays, options: Opti
             score_mod=score if softcap or alibi is not None else None,
             enable_gqa=q.shape[1] != k.shape[1], return_aux=flex.AuxRequest(lse=True),
         )  # type: ignore[misc]  # fmt: skip
-        return o[0].transpose(0, 1), more.lse[0]
+        return o[0].transpose(0, 1), more.lse[0]  # type: ignore[union-attr]
 
     dys = _torch(cotangents, "do", "dlse")
     call = _compiled_form(which, attend, [q, k, v], [q, k, v], dys)
