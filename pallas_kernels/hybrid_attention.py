@@ -58,6 +58,7 @@ from .hybrid_attention_tiles import (
     load,
     padded,
     visible,
+    warpgroup,
 )
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -182,7 +183,9 @@ def _hybrid_attention_kernel(
                 plgpu.barrier_arrive(turn.at[1 - wg])
 
         pl.when(wg == 1)(pass_turn)
-        own = pl.ds(wg * TILE, TILE)
+
+        def own() -> Any:
+            return pl.ds(warpgroup() * TILE, TILE)
 
         @items()
         def _item(item: Any, *, carry: Any) -> Any:
@@ -222,7 +225,7 @@ def _hybrid_attention_kernel(
             def first_scores(x_acc: Any) -> jax.Array:
                 slot = slot_of(carry)
                 plgpu.barrier_wait(k_full.at[slot])
-                plgpu.wgmma(x_acc, q_smem.at[own], k_smem.at[slot].T)
+                plgpu.wgmma(x_acc, q_smem.at[own()], k_smem.at[slot].T)
                 x = x_acc[...]
                 plgpu.barrier_arrive(k_free.at[slot])
                 return x
@@ -243,7 +246,7 @@ def _hybrid_attention_kernel(
 
                 def products(x_acc: Any, o_acc: Any) -> Any:
                     o_acc[...] = acc
-                    plgpu.wgmma(x_acc, q_smem.at[own], k_smem.at[slot].T)
+                    plgpu.wgmma(x_acc, q_smem.at[own()], k_smem.at[slot].T)
                     plgpu.wgmma(o_acc, p, v_smem.at[v_slot])
                     pass_turn()
                     x = plgpu.wgmma_accumulator_load(x_acc, wait_n=1)
@@ -287,7 +290,7 @@ def _hybrid_attention_kernel(
             if o_smem is not None:
                 plgpu.barrier_arrive(q_free)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_slot = (q_smem if o_smem is None else o_smem).at[own]
+            o_slot = (q_smem if o_smem is None else o_smem).at[own()]
             o_slot[...] = o
             lse_smem[wg] = lse
             plgpu.commit_smem()

@@ -366,8 +366,9 @@ def _hybrid_attention_dkdv_kernel(
                         load(x_gmem, key, TILE, ROW) - n for x_gmem in (q_start_gmem, q_end_gmem)
                     )
                     i = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=LAYOUT)
-                    seen = (i >= across(start, block_n)) & (i < across(stop, block_n))
-                    return jnp.where(seen, p, 0.0)
+                    # One end after the other: with both at hand a register is spilled.
+                    p = jnp.where(i >= across(start, block_n), p, 0.0)
+                    return jnp.where(i < across(stop, block_n), p, 0.0)
 
                 def products(s_acc: Any, dp_acc: Any, dk_acc: Any, dv_acc: Any) -> Any:
                     dk_acc[...] = dk
