@@ -30,7 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _lib
-from .moe_gemm_fusions import ALIGN, EXPERT_START, EXPERT_STOP, SHARED_BYTES
+from .moe_gemm_fusions import SHARED_BYTES
+from .moe_gemm_plan import ALIGN, EXPERT_START, EXPERT_STOP
 
 EPILOGUE_M = 64  # rows of one store: those of one wgmma instruction
 EPILOGUE_BYTES = 128  # bytes of one row of a store: one swizzle row

@@ -7,8 +7,8 @@
     dx[t] = sum of dx of the rows that took row t of x              gather_bwd: they are sorted
     which size or index cannot be                                   wrong_ones
 
-`plan` is what moe_gemm.py makes of the sizes. Nothing here multiplies matrices, and all of it waits
-for memory; every sum has one order, whatever the routing.
+`plan` is what moe_gemm_plan.py makes of the sizes. Nothing here multiplies matrices, and all of it
+waits for memory; every sum has one order, whatever the routing.
 
 Twin: triton_kernels/moe_gemm_fusions.py.
 """
@@ -23,20 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _lib
+from .moe_gemm_plan import ALIGN, EXPERT_START, EXPERT_STOP, LIVE
 
 SHARED_BYTES = 226 * 1024  # shared memory of a block, less room for the barriers
-ALIGN = 8  # rows of a swizzled piece of shared memory
 PIECE = 64  # columns of h that the epilogue works at together
 PAIR_PITCH = 36  # pairs of a row in shared memory: its rows and their neighbours miss each other
 ROWS = 8  # rows of a block that moves or scales rows
-
-# Rows of the plan. By tile: its expert, its first row in x, where the expert's rows start and stop,
-# and which tile of columns it is. By expert: where its rows start and stop. Everywhere: how many
-# tiles, and live rows.
-(
-    TILE_EXPERT, TILE_ROW, TILE_START, TILE_STOP, TILE_COLUMN, EXPERT_START, EXPERT_STOP,
-    TILES, LIVE,
-) = range(9)  # fmt: skip
 
 # Layouts are given where they do not follow from an operand's, and shared memory is cut as told.
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)

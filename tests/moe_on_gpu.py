@@ -12,7 +12,7 @@ import triton
 
 PARTS = [
     importlib.import_module(f"triton_kernels.{part}")
-    for part in ("moe_gemm", "moe_gemm_dw", "moe_gemm_fusions")
+    for part in ("moe_gemm", "moe_gemm_dw", "moe_gemm_fusions", "moe_gemm_plan")
 ]
 MOE, BF16 = PARTS[0], torch.bfloat16
 E, K, N = 12, 272, 272

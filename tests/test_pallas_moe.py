@@ -17,12 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import grouped_gemm, grouped_gemm_dw
 from pallas_kernels.moe_gemm import (
     Config,
-    _plan,
     default_config,
     grouped_gemm_bwd,
     grouped_gemm_check,
     grouped_gemm_fwd,
 )
+from pallas_kernels.moe_gemm_plan import tile_plan
 from parity.frameworks import mosaic_interpreter
 
 
@@ -160,7 +160,7 @@ def test_the_plan_has_every_tile_once(E, M, num_n, group_m):
     # Some experts without rows; then a negative size, and one that is cut off.
     rng = np.random.default_rng(E)
     sizes = rng.multinomial(M - 5, rng.dirichlet(np.full(E, 0.3))).astype(np.int32)
-    run = jax.jit(lambda sizes: _plan(sizes, M, 64 * num_n - 7, config))
+    run = jax.jit(lambda sizes: tile_plan(sizes, M, 64 * num_n - 7, config))
     for wrong in (False, True):
         if wrong:
             sizes[:2] = -5, M

@@ -9,7 +9,8 @@
         bias, activation, row_scale; store the rows of this expert in two halves
 
 Backward: dx is the same kernel with w read the other way round; dw sums over the rows of an expert
-(moe_gemm_dw.py). What is fused, and its gradients: moe_gemm_fusions.py.
+(moe_gemm_dw.py). The plan: moe_gemm_plan.py. What is fused, and its gradients:
+moe_gemm_fusions.py.
 
 A tile may reach into the rows of the next expert. Those are computed and not stored.
 
@@ -45,6 +46,7 @@ from .moe_gemm_fusions import (
     with_bias,
     wrong_ones,
 )
+from .moe_gemm_plan import tile_plan
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -103,73 +105,6 @@ SHARED_BYTES = 227 * 1024 - 2048  # of a multiprocessor of Hopper, less barriers
 # Pointer loads need address registers, and Ada has 99 KB of shared memory: a smaller tile.
 POINTER_CONFIG = Config(block_n=128, block_k=32, stages=3)
 POINTER_DECODE_CONFIG = Config(16, 64, 64, 3, 1 << 20, True, 4)
-
-
-@triton.jit
-def _moe_gemm_plan_kernel(
-    sizes_ptr,  # [E]
-    starts_ptr,  # [2, E + 1]: first row of each expert, then live rows; the same for its tiles
-    tiles_ptr,  # [tiles, 4]: expert, first row, row past the last, tile of columns
-    M, E, num_n, group_m,
-    block_m: tl.constexpr, block_e: tl.constexpr, block_t: tl.constexpr,
-):  # fmt: skip
-    # --- 1. which tile
-    expert = tl.program_id(0)
-    e = tl.arange(0, block_e)
-
-    # --- 2. main loop
-    # Negative sizes count as 0, and what is beyond M rows is cut off: no tile leaves x or y.
-    sizes = tl.maximum(tl.load(sizes_ptr + e, mask=e < E, other=0), 0).to(tl.int64)
-    ends = tl.cumsum(sizes, 0)
-    starts = tl.minimum(ends - sizes, M).to(tl.int32)
-    ends = tl.minimum(ends, M).to(tl.int32)
-    num_m = tl.cdiv(ends - starts, block_m)  # [block_e]
-
-    # --- 3. epilogue
-    start = tl.sum(tl.where(e == expert, starts, 0))
-    end = tl.sum(tl.where(e == expert, ends, 0))
-    first_tile = tl.sum(tl.where(e < expert, num_m, 0)) * num_n
-    tiles = tl.cdiv(end - start, block_m) * num_n
-
-    # --- 4. store
-    tl.store(starts_ptr + expert, start)
-    tl.store(starts_ptr + E + 1 + expert, first_tile)
-    if expert == E - 1:
-        tl.store(starts_ptr + E, end)
-        tl.store(starts_ptr + 2 * E + 1, first_tile + tiles)
-    # Programs run side by side: group_m rows of tiles and a few columns share their operands.
-    width = group_m * num_n
-    for t0 in range(0, tiles, block_t):
-        t = t0 + tl.arange(0, block_t)
-        top = t // width * group_m
-        height = tl.minimum(tl.cdiv(end - start, block_m) - top, group_m)
-        height = tl.maximum(height, 1)  # of lanes past the last tile
-        row = start + (top + t % width % height) * block_m
-        tile = tiles_ptr + (first_tile + t) * 4
-        tl.store(tile, expert, mask=t < tiles)
-        tl.store(tile + 1, row, mask=t < tiles)
-        tl.store(tile + 2, tl.minimum(row + block_m, end), mask=t < tiles)
-        tl.store(tile + 3, t % width // height, mask=t < tiles)
-
-
-def _fake_plan(sizes, M, block_m, num_n, group_m):
-    most = min(len(sizes), M)  # experts whose last tile of rows may be a part of one
-    tiles = ((M - most) // block_m + most) * num_n
-    return [sizes.new_empty((2, len(sizes) + 1)), sizes.new_empty((tiles, 4))]
-
-
-@_lib.opaque("grouped_gemm_plan", _fake_plan)
-def _plan(sizes: Tensor, M: int, block_m: int, num_n: int, group_m: int) -> list[Tensor]:
-    """[starts, tiles] as above; room for as many tiles as any sizes can make."""
-    starts, tiles = _fake_plan(sizes, M, block_m, num_n, group_m)
-    E = len(sizes)
-    with _lib.on_device(sizes):
-        _lib.check_gpu()
-        _moe_gemm_plan_kernel[(E,)](
-            sizes.contiguous(), starts, tiles, M, E, num_n, min(group_m, _lib.cdiv(M, block_m)),
-            block_m, max(16, _lib.power_of_2(E)), 256, num_warps=4,
-        )  # fmt: skip
-    return [starts, tiles]
 
 
 @triton.jit
@@ -361,7 +296,7 @@ def _forward(
                 tiles = _fitting(tiles, tiles.block_m * staged // 2)
         block_m, block_n, block_k = tiles.block_m, tiles.block_n, tiles.block_k
         num_n = _lib.cdiv(N, block_n)
-        plan = _plan(sizes, M, block_m, num_n, tiles.group_m)
+        plan = tile_plan(sizes, M, block_m, num_n, tiles.group_m)
 
         def output(t: Tensor | None, columns: int) -> TensorDescriptor | Tensor | None:
             return create_ragged_descriptor(t, [block_m, columns]) if tma and t is not None else t
@@ -522,7 +457,7 @@ def _gradients(
     x, w, sizes, rows, _, row_scale, h = res
     want_dx, want_dw, want_dbias, _ = wanted
     dh, dx, dw, d_bias, drow_scale = dy.to(x.dtype), None, None, None, None
-    starts, tiles = _plan(sizes, len(dy), 256, 1, 1)
+    starts, tiles = tile_plan(sizes, len(dy), 256, 1, 1)
     if swiglu or row_scale is not None:
         dh, *scales = epilogue_bwd(h, dh, starts, row_scale, swiglu)
         drow_scale = scales[0] if scales else None
@@ -562,7 +497,7 @@ def grouped_gemm_dw(
     if config is not None and config.decode:
         raise ValueError("config: expected decode=False for dw, got True")
     out_dtype = _check_out_dtype(out_dtype, x.dtype)
-    starts, _ = _plan(sizes, len(x), 256, 1, 1)
+    starts, _ = tile_plan(sizes, len(x), 256, 1, 1)
     return _weights(x, dy.to(x.dtype), starts, None, None, out_dtype, _lib.fields(config))
 
 

@@ -8,7 +8,7 @@
     dx[t] = sum of dx of the rows that took row t of x              gather_bwd: they are sorted
     which size or index cannot be                                   wrong_ones
 
-`starts` and `tiles` are the plan that moe_gemm.py makes. Nothing here multiplies matrices, and all
+`starts` and `tiles` are the plan of moe_gemm_plan.py. Nothing here multiplies matrices, and all
 of it waits for memory; every sum has one order, whatever the routing.
 
 Twin: pallas_kernels/moe_gemm_fusions.py.
