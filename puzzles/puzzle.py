@@ -111,11 +111,17 @@ class Puzzle:
         return self.spec.EXACT
 
     def unrounded(
-        self, case: Workload, arrays: Mapping[str, np.ndarray]
+        self,
+        case: Workload,
+        arrays: Mapping[str, np.ndarray],
+        answer: Mapping[str, np.ndarray],
     ) -> Mapping[str, np.ndarray]:
-        """Exact outputs before they were rounded to whole numbers, where the spec tells."""
+        """Exact outputs before they were rounded to whole numbers, where the spec tells.
+
+        answer: the outputs that are judged, for those that follow from another one.
+        """
         tells = getattr(self.spec, "unrounded", None)
-        return {} if tells is None else tells(case, **arrays)
+        return {} if tells is None else tells(case, answer, **arrays)
 
     def statement(self) -> str:
         return (self.folder / "spec.md").read_text()

@@ -1,7 +1,8 @@
 """Run by test_puzzles_speed.py on a GPU, in a process without the interpreters: every puzzle's
 solutions compiled, and cheats in q08's race that only speed invites.
 
-Prints {"solutions": {"q01 triton": verdict}, "cheats": {name: what the race says}}.
+Prints {"solutions": {"q01 triton": "pass" or what is wrong}, "cheats": {name: what the race says},
+"ratios": {name: how many times faster than the baseline}}.
 """
 
 import json
@@ -16,17 +17,23 @@ from puzzles.process import Child
 from puzzles.puzzle import HOME, Puzzle, load, track
 
 AT_ONCE = 8
+SEED = "1"
 RETURN, CALL = "    return q, scale", "_token_kernel[(M,)]"
 
 
 def verdict(puzzle: Puzzle, backend: str) -> str:
     with Child(backend, puzzle.limits, gpu=True) as process:
         solution = puzzle.solution(backend)
-        return grade(puzzle, backend, solution, seed="1", explain=False, child=process).verdict
+        found = grade(puzzle, backend, solution, seed=SEED, explain=False, child=process)
+    return found.verdict if found.ok else f"{found.verdict}, {found.detail}, seed {SEED}"
 
 
 def cheats(honest: str) -> dict[str, str]:
-    """q08's Triton solution, made to look fast."""
+    """q08's Triton solution, made to look fast.
+
+    A side stream is no cheat: the ruler follows kernels on whichever stream they run, so the answer
+    is right, and as fast as it is.
+    """
 
     def edited(body: str, end: str = RETURN) -> str:
         text = honest.replace(
@@ -71,7 +78,8 @@ def main() -> None:
     solutions = {f"{p.id} {b}": v for (p, b), v in zip(pairs, verdicts, strict=True)}
 
     frameworks.gpu()
-    puzzle, side, found = load(HOME / "q08"), child._side("triton", True), {}
+    puzzle, side = load(HOME / "q08"), child._side("triton", True)
+    found, ratios = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, text in cheats(puzzle.solution("triton")).items():
             file = Path(folder) / f"{name}.py"
@@ -80,10 +88,11 @@ def main() -> None:
             try:
                 solve = (side, child._load(side, file))
                 raced = speed.Raced(**gpu_side.race(puzzle, {name: solve}, 3, 6))
-                found[name] = raced.speed(name, (1.0,)).state
+                told = raced.speed(name, (1.0,))
+                found[name], ratios[name] = told.state, told.ratio
             except Exception as e:
                 found[name] = type(e).__name__
-    print(json.dumps({"solutions": solutions, "cheats": found}))
+    print(json.dumps({"solutions": solutions, "cheats": found, "ratios": ratios}))
 
 
 if __name__ == "__main__":

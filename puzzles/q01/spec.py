@@ -46,4 +46,11 @@ def oracle(ar: Arithmetic, work: Workload, x: np.ndarray) -> tuple:
     return formats.int8_encode(x * inverse, np.float32(1)), ar.lift(scale.reshape(1))
 
 
+def unrounded(work: Workload, answer: Any, x: np.ndarray) -> dict[str, np.ndarray]:
+    """What codes are the nearest whole numbers of."""
+    x = np.where(np.isnan(x), 0, x.astype(np.float64))
+    top = np.max(np.abs(x), initial=0)
+    return {"q": x * (127 / np.where(top == 0, 1, top))}
+
+
 PROBLEM = problem("q01", CASES, inputs, outputs, oracle)

@@ -55,4 +55,14 @@ def oracle(ar: Arithmetic, work: Workload, w: np.ndarray) -> tuple:
     return formats.int8_encode(w * spread, np.float32(1)), ar.lift(scale)
 
 
+def unrounded(work: Workload, answer: Any, w: np.ndarray) -> dict[str, np.ndarray]:
+    """What codes are the nearest whole numbers of."""
+    group, count = work.options["group"], _groups(work)
+    filled = np.pad(w.astype(np.float64), ((0, 0), (0, count * group - work["K"])))
+    groups = filled.reshape(work["N"], count, group)
+    top = np.abs(groups).max(axis=2, keepdims=True)
+    codes = groups * (127 / np.where(top == 0, 1, top))
+    return {"q": codes.reshape(filled.shape)[:, : work["K"]]}
+
+
 PROBLEM = problem("q02", CASES, inputs, outputs, oracle)

@@ -82,4 +82,13 @@ def oracle(ar: Arithmetic, work: Workload, x: np.ndarray) -> tuple:
     return formats.uint8_encode(x * inverse, one, zero), ar.lift(scale), zero[:, 0]
 
 
+def unrounded(work: Workload, answer: Any, x: np.ndarray) -> dict[str, np.ndarray]:
+    """What zero points and codes are the nearest whole numbers of: codes by their zero point."""
+    x = x.astype(np.float64)
+    low, high = (f(x, axis=-1, keepdims=True, initial=0) for f in (np.min, np.max))
+    inverse = 255 / np.where(high == low, 1, high - low)
+    codes = np.clip(x * inverse + answer["zero"][:, None], 0, 255)
+    return {"zero": (-low * inverse)[:, 0], "q": codes}
+
+
 PROBLEM = problem("q03", CASES, inputs, outputs, oracle)

@@ -47,7 +47,7 @@ def oracle(ar: Arithmetic, work: Workload, x: np.ndarray) -> tuple:
     return formats.int8_encode(x * inverse, np.float32(1)), ar.lift(scale)
 
 
-def unrounded(work: Workload, x: np.ndarray) -> dict[str, np.ndarray]:
+def unrounded(work: Workload, answer: Any, x: np.ndarray) -> dict[str, np.ndarray]:
     """What codes are the nearest whole numbers of."""
     x = x.astype(np.float64)
     top = np.abs(x).max(axis=1, keepdims=True)

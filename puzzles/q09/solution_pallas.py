@@ -13,55 +13,63 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X  # a thread holds 8 neighbours of a row
-ROWS = 64  # blocks of 64 weights that are decoded at once; 256 share an absmax2
+ROWS = 32  # blocks of 64 weights that are decoded at once; 256 share an absmax2
+# Of [ROWS, 32, 2] a warp has every fourth row, a lane one byte of it: two weights side by side.
+LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 32, 2),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)
 
 
-def _lookup(table_gmem, index):
-    """table_gmem[index] for an array of int32 indices: Mosaic GPU has no gather.
+def _lookup(table_gmem, index, start=0, count=16):
+    """table_gmem[start + index % count] for an array of indices: Mosaic GPU has no gather.
 
-    A tree of selects, the lowest bit at its leaves.
+    A tree of selects, its lowest bit at the leaves; count is a power of two.
     """
-    values = [lax.broadcast(table_gmem[i], index.shape) for i in range(table_gmem.shape[0])]
-    bit = 0
+    if count == 1:
+        return lax.broadcast(table_gmem[start], index.shape)
     # BEGIN SOLUTION
-    # 1. While there are several values: where bit `bit` of the index is set, the second of each
-    #    pair of neighbours wins, otherwise the first. Go on with the winners and the next bit.
-    while len(values) > 1:
-        is_set = (index >> bit) & 1 == 1
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values, bit = [lax.select(is_set, second, first) for first, second in pairs], bit + 1
+    # 1. Look index up in both halves of the table. Where the bit `count // 2` of the index is set
+    #    the second one's value is right, otherwise the first one's.
+    # INSTEAD return _lookup(table_gmem, index, start, 1)
+    half = count // 2
+    first = _lookup(table_gmem, index, start, half)
+    second = _lookup(table_gmem, index, start + half, half)
+    return lax.select(index & half != 0, second, first)
     # END SOLUTION
-    return values[0]
 
 
 def _nf4_kernel(
-    twice_gmem, absmax_gmem, code_gmem, absmax2_gmem, code2_gmem, offset_gmem, w_gmem, scale_smem
+    packed_gmem, absmax_gmem, code_gmem, absmax2_gmem, code2_gmem, offset_gmem, w_gmem, scale_smem
 ):
-    """One block of threads for one superblock: twice [S * 256, 64], absmax [S * 256].
-
-    Row b of `twice` is block b of the weights: column i holds the byte in which weight i lies.
-    """
+    """One block of threads for one superblock: packed [S * 256, 32], absmax [S * 256]."""
     s = lax.axis_index("superblocks")
-    # BEGIN SOLUTION
-    # 2. The scales of the superblock's 256 blocks, into scale_smem. [256]
     q = absmax_gmem[pl.ds(s * 256, 256)].astype(jnp.int32)
-    scale_smem[...] = _lookup(code2_gmem, q) * absmax2_gmem[s] + offset_gmem[0]
+
+    def piece(i, fine):
+        """fine, with code2[q] where q is one of 16 i .. 16 i + 15: few values at a time."""
+        return jnp.where(q >> 4 == i, _lookup(code2_gmem, q, 16 * i), fine)
+
+    fine = lax.fori_loop(0, 16, piece, jnp.zeros(256, jnp.float32))
+    # BEGIN SOLUTION
+    # 2. The scales of the superblock's 256 blocks, of fine = code2[absmax], into scale_smem.
+    scale_smem[...] = fine * absmax2_gmem[s] + offset_gmem[0]
     # END SOLUTION
 
     @pl.loop(0, 256 // ROWS)
     def _(step):
         rows = pl.ds(s * 256 + step * ROWS, ROWS)
-        byte = plgpu.load(twice_gmem.at[rows], layout=LAYOUT, optimized=False).astype(jnp.int32)
-        column = plgpu.broadcasted_iota(jnp.int32, byte.shape, 1, layout=LAYOUT)
+        shape = ROWS, 32, 2
+        byte = plgpu.load(packed_gmem.at[rows], layout=LAYOUT.reduce(2), optimized=False)
+        byte = lax.broadcast_in_dim(byte.astype(jnp.int32), shape, [0, 1])
         scale = plgpu.load(
-            scale_smem.at[pl.ds(step * ROWS, ROWS)], layout=LAYOUT.reduce(1), optimized=False
+            scale_smem.at[pl.ds(step * ROWS, ROWS)], layout=LAYOUT.reduce((1, 2)), optimized=False
         )
-        scale = lax.broadcast_in_dim(scale, byte.shape, [0])
+        scale = lax.broadcast_in_dim(scale, shape, [0])
+        which = plgpu.broadcasted_iota(jnp.int32, shape, 2, layout=LAYOUT)  # 0 or 1, of a byte
         # BEGIN SOLUTION
-        # 3. The nibble of each weight: the high one in even columns.
-        # INSTEAD nibble = column & 15
-        nibble = jnp.where(column & 1 == 0, byte >> 4, byte & 15)
+        # 3. The nibble of each weight: the high one is the first.
+        # INSTEAD nibble = which & 15
+        nibble = jnp.where(which == 0, byte >> 4, byte & 15)
         # END SOLUTION
         w_gmem[rows] = (_lookup(code_gmem, nibble) * scale).astype(jnp.float16)
 
@@ -70,14 +78,12 @@ def solve(packed, absmax, code, absmax2, code2, offset):
     P, S = packed.shape[0], absmax2.shape[0]
     dequantize = plgpu.kernel(
         _nf4_kernel,
-        out_type=jax.ShapeDtypeStruct((S * 256, 64), jnp.float16),
+        out_type=jax.ShapeDtypeStruct((S * 256, 32, 2), jnp.float16),
         grid=(S,),
         grid_names=("superblocks",),
         scratch_types=[plgpu.SMEM((256,), jnp.float32)],
         kernel_name="nf4_kernel",
     )
-    # Mosaic GPU cannot take a byte apart into neighbours, so every byte comes twice.
-    twice = jnp.repeat(jnp.pad(packed, (0, S * 256 * 32 - P)), 2).reshape(S * 256, 64)
+    packed = jnp.pad(packed, (0, S * 256 * 32 - P)).reshape(S * 256, 32)
     absmax = jnp.pad(absmax, (0, S * 256 - absmax.shape[0]))
-    w = dequantize(twice, absmax, code, absmax2, code2, offset)
-    return w.reshape(-1)[: 2 * P]
+    return dequantize(packed, absmax, code, absmax2, code2, offset).reshape(-1)[: 2 * P]

@@ -30,7 +30,8 @@ def _w4_kernel(x_gmem, packed_gmem, scale_gmem, zero_gmem, y_gmem, y_smem):
             row = plgpu.Layout.WGMMA.reduce(1)
             byte = plgpu.load(packed_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)
             scale = plgpu.load(scale_smem, layout=row, optimized=False)
-            zero = plgpu.load(zero_smem, layout=row, optimized=False)
+            half = pl.ds(ni % 2 * BLOCK_N, BLOCK_N)
+            zero = plgpu.load(zero_smem.at[half], layout=row, optimized=False)
             plgpu.commit_smem()  # they have been read before they are filled again
             byte = plgpu.layout_cast(byte.astype(jnp.int16), plgpu.Layout.WGMMA)
             zero = zero.astype(jnp.int16)
@@ -58,7 +59,8 @@ def _w4_kernel(x_gmem, packed_gmem, scale_gmem, zero_gmem, y_gmem, y_smem):
                 plgpu.BlockSpec((2, BLOCK_M, 64), lambda g: (0, mi, g), transforms=TILES),
                 plgpu.BlockSpec((BLOCK_N, 64), lambda g: (ni, g)),
                 plgpu.BlockSpec((None, BLOCK_N), lambda g: (g, ni)),
-                plgpu.BlockSpec((None, BLOCK_N), lambda g: (g, ni)),
+                # A copy must end at a multiple of 128 bytes: zero points for two tiles.
+                plgpu.BlockSpec((None, 2 * BLOCK_N), lambda g: (g, ni // 2)),
             ],
             max_concurrent_steps=STAGES,
         )(x_gmem, packed_gmem, scale_gmem, zero_gmem)
@@ -80,7 +82,8 @@ def solve(x, packed, scale, zero):
     x = jnp.pad(x, ((0, padded_m - M), (0, 0)))
     x = x.reshape(padded_m, K // 2, 2).transpose(2, 0, 1)
     packed = jnp.pad(packed, ((0, more_n), (0, 0)))
-    scale, zero = (jnp.pad(v, ((0, 0), (0, more_n))) for v in (scale, zero))
+    scale = jnp.pad(scale, ((0, 0), (0, more_n)))
+    zero = jnp.pad(zero, ((0, 0), (0, more_n + padded_n % (2 * BLOCK_N))))
     multiply = plgpu.kernel(
         _w4_kernel,
         out_type=jax.ShapeDtypeStruct((padded_m, padded_n), jnp.float16),
