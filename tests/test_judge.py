@@ -1,5 +1,6 @@
 """The judge on trial: it passes the model and catches every planted fault for the right reason."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -96,6 +97,21 @@ def test_zeros_of_products(y, r, ok):
     verdict = judge("y", y, r, r, Array(y.shape, "float32"), family="gemm", terms=256)
     assert verdict.ok is ok
     assert ok or verdict.reason == "zeros"
+
+
+@pytest.mark.parametrize(("family", "at", "ok"), [
+    ("attention", 0.012, True),  # two terms of bfloat16 factors that cancel
+    ("attention", 0.02, False),
+    ("norm", 0.012, False),
+])  # fmt: skip
+def test_zeros_of_sums_of_rounded_factors(family, at, ok):
+    r = np.random.default_rng(0).standard_normal((64, 64))
+    r[3, 5] = at
+    y = r.astype(ml_dtypes.bfloat16)
+    y[3, 5] = 0
+    verdict = judge("o", y, r, r, Array(r.shape, "bfloat16"), family=family, terms=2)
+    assert verdict.ok is ok, verdict
+    assert ok or (verdict.reason, verdict.first_wrong) == ("zeros", (3, 5))
 
 
 def test_the_exact_probe_names_the_first_wrong_element():
