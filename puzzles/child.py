@@ -21,6 +21,10 @@ import numpy as np
 
 FILE_BYTES = 16 << 20  # the largest file it may write
 _MEMORY = ("can't allocate memory", "unable to allocate", "resource_exhausted", "out of memory")
+_MISALIGNED = (
+    "an address is not a multiple of what its access needs: a copy's place in shared memory must "
+    "begin at a multiple of 128 bytes"
+)
 # Audit events that change something outside the process, and where their paths stand
 _CHANGES = {
     "os.remove": (0,), "os.rename": (0, 1), "os.mkdir": (0,), "os.rmdir": (0,), "os.truncate": (0,),
@@ -263,6 +267,8 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
         verdict = "raised"
     else:
         verdict = "import_error" if job["do"] == "load" else "raised"
+        if "misaligned" in words:
+            detail = f"{_MISALIGNED} ({detail[:120]})"
     own = (
         [f for f in traceback.extract_tb(c.__traceback__) if f.filename == job.get("file", "")]
         for c in _causes(e)

@@ -589,12 +589,12 @@ def judged(
         for n, r in zip(specs, truth, strict=True)
         if n in puzzle.exact
     ]
-    near: Mapping[str, Any] = {}
-    if compiled and all(v.ok or v.reason == "probe" for v in codes):  # only values are wrong
+    off = [v for v in codes if not v.ok]
+    if compiled and off and all(v.reason == "probe" for v in off):  # only values differ
         near = puzzle.unrounded(case, arrays, found)
-    for v in codes:
-        n = v.output
-        if bad is None and not v.ok and not (n in near and is_near(found[n], near[n])):
-            detail = v.detail.replace(" on whole numbers", "").replace(" exactly", "")
-            bad = replace(v, detail=detail)
+        if near and all(is_near(found[n], x) for n, x in near.items()):
+            off = []
+    if bad is None and off:
+        detail = off[0].detail.replace(" on whole numbers", "").replace(" exactly", "")
+        bad = replace(off[0], detail=detail)
     return Judgement(bad, error, truth, model, told)

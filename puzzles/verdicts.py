@@ -69,7 +69,8 @@ VERDICTS: Mapping[str, Meaning] = {
     # on a GPU
     "wrong_on_gpu": Meaning(
         "right in the interpreter, wrong on the GPU",
-        "Programs run at once there: no block may rely on another one, nor on what memory held.",
+        "Programs run at once there: no block may rely on another one, nor on what memory held. "
+        "A product and a sum may be rounded once, and a division be off in its last place.",
     ),
     "impossible": Meaning(
         "faster than the memory of this GPU",

@@ -324,23 +324,47 @@ def test_a_baseline_answers_what_the_oracle_answers(puzzle: Puzzle):
             puzzle.spec.SPEED = timed
 
 
-def test_compiled_code_may_take_a_tie_either_way_and_no_more():
-    puzzle = load(HOME / "q08")
-    case = next(c for c in puzzle.cases(np.random.default_rng(0)) if c.name == "ties")
+@pytest.mark.parametrize(
+    ("name", "content"), [("q01", "ties"), ("q02", "ties"), ("q03", "halves"), ("q08", "ties")]
+)
+def test_compiled_code_may_take_a_tie_either_way_and_no_more(name: str, content: str):
+    puzzle = load(HOME / name)
+    case = next(c for c in puzzle.cases(np.random.default_rng(0)) if c.tags[0] == content)
     arrays = {n: d.draw(np.random.default_rng(0)) for n, d in puzzle.problem.inputs(case).items()}
-    of = puzzle.baseline
-    q, scale = (x.numpy() for x in of.baseline(torch.from_numpy(arrays["x"])))
-    exact = puzzle.unrounded(case, arrays, {})["q"]
+    specs = puzzle.problem.outputs(case)
+    found = judged(puzzle, case, arrays, [np.zeros(s.shape, s.dtype) for s in specs.values()])
+    right = {n: r.astype(s.dtype) for (n, s), r in zip(specs.items(), found.truth, strict=True)}
+    assert right["q"].size
+
+    def is_right(compiled: bool, **other: np.ndarray) -> bool:
+        outputs = [other.get(n, x) for n, x in right.items()]
+        assert all(x.dtype == right[n].dtype for n, x in other.items())
+        return judged(puzzle, case, arrays, outputs, compiled=compiled).bad is None
+
+    q, exact = right["q"], puzzle.unrounded(case, arrays, right)["q"]
     tie = np.abs(exact - np.trunc(exact)) == 0.5
     assert tie.any() and not tie.all()
-    other = np.where(tie, np.floor(exact) + np.ceil(exact) - q, q)
-    beside = np.where(tie, q, q + (q == 5))
-    for codes, compiled, right in (
-        (q, False, True), (q, True, True), (other, False, False), (other, True, True),
-        (beside, False, False), (beside, True, False),
-    ):  # fmt: skip
-        bad = judged(puzzle, case, arrays, [codes.astype(np.int8), scale], compiled=compiled).bad
-        assert (bad is None) == right
+    across = np.where(tie, np.floor(exact) + np.ceil(exact) - q, q).astype(q.dtype)
+    beside = q.copy()
+    beside.flat[np.flatnonzero(~tie)[-1]] ^= 1
+    assert is_right(False) and is_right(True)
+    assert not is_right(False, q=across) and is_right(True, q=across)
+    assert not is_right(True, q=beside)
+    if name == "q03":  # a zero point that was rounded the other way takes its codes along
+        assert (right["zero"] == 128).all()
+        zero = right["zero"] - 1
+        low = np.rint(puzzle.unrounded(case, arrays, {"zero": zero})["q"]).astype(q.dtype)
+        assert not is_right(True, zero=zero)
+        assert is_right(True, zero=zero, q=low) and not is_right(False, zero=zero, q=low)
+
+
+def test_codes_of_another_dtype_are_no_near_miss():
+    puzzle = load(HOME / "q08")
+    case = puzzle.problem.workloads[0]
+    arrays = {n: d.draw(np.random.default_rng(0)) for n, d in puzzle.problem.inputs(case).items()}
+    q, scale = (x.numpy() for x in puzzle.baseline.baseline(torch.from_numpy(arrays["x"])))
+    bad = judged(puzzle, case, arrays, [q.astype(np.float32), scale], compiled=True).bad
+    assert bad is not None and bad.reason == "dtype"
 
 
 @pytest.mark.parametrize("puzzle", RACED, ids=lambda p: p.id)
@@ -513,6 +537,11 @@ def test_calibrated_tiers_are_awarded(elsewhere: Puzzle, monkeypatch: pytest.Mon
     found = grading.timed(elsewhere, "triton", "", PASSED)
     assert (found.verdict, found.points["speed"]) == ("wrong_on_gpu", 0.0)
     assert "while the clock ran" in found.detail
+
+
+def test_an_address_that_no_interpreter_minds_is_explained():
+    error = RuntimeError("INTERNAL: CUDA error: CUDA_ERROR_MISALIGNED_ADDRESS")
+    assert "multiple of 128 bytes" in child._failed(error, {"do": "call"})["detail"]
 
 
 def test_wrong_when_compiled_is_a_verdict(elsewhere: Puzzle, monkeypatch: pytest.MonkeyPatch):

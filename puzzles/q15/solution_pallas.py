@@ -59,7 +59,7 @@ def _w4_kernel(x_gmem, packed_gmem, scale_gmem, zero_gmem, y_gmem, y_smem):
                 plgpu.BlockSpec((2, BLOCK_M, 64), lambda g: (0, mi, g), transforms=TILES),
                 plgpu.BlockSpec((BLOCK_N, 64), lambda g: (ni, g)),
                 plgpu.BlockSpec((None, BLOCK_N), lambda g: (g, ni)),
-                # A copy must end at a multiple of 128 bytes: zero points for two tiles.
+                # In shared memory each copy begins at a multiple of 128 bytes: those of two tiles.
                 plgpu.BlockSpec((None, 2 * BLOCK_N), lambda g: (g, ni // 2)),
             ],
             max_concurrent_steps=STAGES,
