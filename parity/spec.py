@@ -22,7 +22,8 @@ NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
     {
         name: np.dtype(getattr(ml_dtypes, name, name))
         for name in (
-            "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int8 uint8 bool"
+            "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 "
+            "int64 int32 int16 int8 uint8 bool"
         ).split()
     }
 )
@@ -57,6 +58,20 @@ class Normal:
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         x = (rng.standard_normal(self.shape, np.float32) * self.std).astype(_np(self.dtype))
         return with_dead(x, self)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Independent values, all alike between low and high: decays, say."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    low: float = 0.0
+    high: float = 1.0
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        x = rng.random(self.shape, np.float32)
+        return (x * (self.high - self.low) + self.low).astype(_np(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -160,15 +175,17 @@ class Given:
         return np.array(self.make(), _np(self.dtype))
 
 
-Descriptor = Normal | Integers | Keep | Routing | Given
+Descriptor = Normal | Uniform | Integers | Keep | Routing | Given
 
 
 @dataclass(frozen=True)
 class Array:
-    """Shape and dtype of an output or a gradient."""
+    """Shape and dtype of an output or a gradient; exact: one answer is right, every bit of it, as
+    with whole numbers of any dtype."""
 
     shape: tuple[int, ...]
     dtype: str
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -309,7 +326,7 @@ class Problem:
 
     stem: str
     doc: str
-    family: str  # the row of SPECS 0.3 that caps the error: "gemm", "norm" or "attention"
+    family: str  # the row of SPECS 0.3 that caps the error: "gemm", "norm", "attention", "scan"
     workloads: tuple[Workload, ...]
     inputs: Callable[[Workload], dict[str, Descriptor]]
     cotangents: Callable[[Workload], dict[str, Descriptor]]

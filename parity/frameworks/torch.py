@@ -13,7 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity import frameworks
 from parity.frameworks import Kernel, load_target
-from parity.spec import Descriptor, Given, Integers, Keep, Normal, Routing, dtype_named, with_dead
+from parity.spec import (
+    Descriptor,
+    Given,
+    Integers,
+    Keep,
+    Normal,
+    Routing,
+    Uniform,
+    dtype_named,
+    with_dead,
+)
 
 TWIN = "triton"
 
@@ -86,6 +96,9 @@ def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
         match d:
             case Normal():
                 part.copy_(torch.randn(part.shape, generator=generator, device="cuda") * d.std)
+            case Uniform():
+                drawn = torch.rand(part.shape, generator=generator, device="cuda")
+                part.copy_(drawn * (d.high - d.low) + d.low)
             case Integers():
                 part.copy_(
                     torch.randint(d.low, d.high + 1, part.shape, generator=generator, device="cuda")
@@ -94,8 +107,7 @@ def _draw_on_device(d: Descriptor, generator: torch.Generator) -> torch.Tensor:
                 part.copy_(torch.rand(part.shape, generator=generator, device="cuda") < d.p)
     if isinstance(d, Keep):
         x[list(d.dead_rows)] = False
-        return x
-    return with_dead(x, d)
+    return with_dead(x, d) if isinstance(d, (Normal, Integers)) else x
 
 
 def _group_sizes(d: Routing, generator: torch.Generator) -> torch.Tensor:
