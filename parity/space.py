@@ -35,6 +35,12 @@ AXES: Mapping[str, Axes] = {
         "programs": (0, 1, 2, 4),
         "block_m": (1, 2, 4),
     },
+    "attention": {
+        "block_m": (64, 128),
+        "block_n": (32, 64, 128),
+        "stages": (1, 2, 3, 4),
+        "warps": (4, 8),
+    },
 }
 
 # Fields that a pass does not read: its Configs would all be one.
