@@ -8,6 +8,7 @@ right answer is ever in this process.
 import contextlib
 import json
 import os
+import re
 import resource
 import sys
 import traceback
@@ -25,6 +26,9 @@ _MISALIGNED = (
     "an address is not a multiple of what its access needs: a copy's place in shared memory must "
     "begin at a multiple of 128 bytes"
 )
+# What Mosaic GPU's interpreter says of an access beyond its array
+_BEYOND = re.compile(r"Out-of-bounds.*?\[Access\(range=\((.*?)\), perm.*?shape (\([\d, ]*\))")
+_SLICE = re.compile(r"slice\((\d+), (\d+), \d+\)")
 # Audit events that change something outside the process, and where their paths stand
 _CHANGES = {
     "os.remove": (0,), "os.rename": (0, 1), "os.mkdir": (0,), "os.rmdir": (0,), "os.truncate": (0,),
@@ -255,7 +259,10 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict on an exception of the learner's code, with the line it came from."""
     while type(e).__name__ == "InterpreterError" and e.__cause__ is not None:
         e = e.__cause__  # Triton's interpreter wraps what a kernel raises
-    detail = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:300] if str(e).strip() else ''}"
+    said = str(e).strip().splitlines() or [""]
+    detail = f"{type(e).__name__}: {said[0][:300]}"
+    if "Traceback (most recent call last)" in said[0]:  # of a callback: its own words come last
+        detail = said[-1][:300]
     words = f"{type(e).__name__} {e}".lower()
     if isinstance(e, LimitError):
         verdict, detail = e.verdict, str(e)
@@ -263,6 +270,11 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
         verdict = "memory"
     elif getattr(e, "parity_reason", "") == "race":
         verdict = "race"
+    elif beyond := _BEYOND.search(said[-1]):
+        place = f"[{_SLICE.sub(r'\1:\2', beyond[1]).rstrip(',')}] of an array of shape {beyond[2]}"
+        verdict, detail = "past_the_end", f"{place} is written to"
+        if "out-of-bounds read" in words:
+            verdict, detail = "raised", f"{place} is read"
     elif isinstance(e, (SystemExit, KeyboardInterrupt)):
         verdict = "raised"
     else:

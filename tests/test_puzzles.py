@@ -180,6 +180,26 @@ def test_bad_input_has_its_verdict(verdict: str, children: dict[str, Child]):
     assert not found.ok and verdicts.VERDICTS[verdict].helps
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "verdict", "says"),
+    [
+        ("q_gmem[pl.ds(i *", "q_gmem[pl.ds((i + 1) *", "past_the_end",
+         "[1024:2048] of an array of shape (1024,) is written to"),
+        ("x = x_gmem[pl.ds(i *", "x = x_gmem[pl.ds((i + 1) *", "raised",
+         "[1024:2048] of an array of shape (1024,) is read"),
+    ],
+)  # fmt: skip
+def test_pallas_beyond_the_end_of_an_array(
+    old: str, new: str, verdict: str, says: str, children: dict[str, Child]
+):
+    text = Q01.solution("pallas")
+    assert old in text
+    child = children["pallas"]
+    source = text.replace(old, new)
+    found = grade(Q01, "pallas", source, seed=SEED, explain=False, hasty=True, child=child)
+    assert (found.verdict, found.detail) == (verdict, f"{says} (case eight)")
+
+
 # Cheats: solutions that are right, or look so, and are not what was asked for
 
 REFERENCE = """
