@@ -10,6 +10,8 @@ and `install` adds:
     predicated_store    copy_smem_to_gmem(predicate=...), which emit_pipeline's out_specs use
     atomics             plgpu.atomic_*: a read and a write, not one step
     dependent_launch    griddepcontrol: nothing to wait for
+    inline_code         plgpu.inline_mgpu of a function that says, as its attribute `in_jax`, what
+                        it computes
     wgmma_races         the race detector sees what wgmma reads, and that it reads until wgmma_wait
     (several devices)   under shard_map: none checks for left-over barriers before all are done
 
@@ -56,6 +58,7 @@ _PRIVATE = {
             "atomic_store_p",
             "griddepcontrol_launch_dependents_p",
             "griddepcontrol_wait_p",
+            "inline_mgpu_p",
             "wgmma_accumulator_store_p",
             "wgmma_ref_p",
             "wgmma_wait_p",
@@ -485,6 +488,13 @@ def _nothing(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
     return token, []
 
 
+def _inline_code(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    arguments = jax.tree.unflatten(
+        eqn.params["pytree_args"], values[: eqn.params["pytree_args"].num_leaves]
+    )
+    return token, jax.tree.leaves(eqn.params["mgpu_fn"].in_jax(*arguments))
+
+
 def _wait(self: Any, eqn: Any, token: Any, values: list, n: int | None = None) -> tuple[Any, list]:
     if not self.interpret_params.detect_races:
         return token, []
@@ -528,6 +538,8 @@ def _rule(eqn: Any) -> Callable[..., tuple[Any, list]] | None:
     P = J.primitives
     if _reshapes(eqn):
         return _reshaped_store
+    if eqn.primitive is P.inline_mgpu_p:
+        return _inline_code if hasattr(eqn.params["mgpu_fn"], "in_jax") else None
     if eqn.primitive is P.wgmma_ref_p:
         in_registers = not isinstance(eqn.invars[1].aval, J.state.AbstractRef)
         return _register_operand if in_registers else None

@@ -1,0 +1,557 @@
+"""Product with four-bit weights: W goes from memory to registers as it is stored.
+
+    y[m, n] = sum_k x[m, k] * W[n, k] + bias[n]
+    W[n, k] = (q[n, k] - z[n, k // G]) * s[n, k // G]
+
+    for each tile of y, transposed, and each slice of K (`split_k` of them):
+        for each 256 of K: the tile's 128 bytes a row, as 64 words of 16 bits
+            for each nibble i of the words: a plane, W's columns 64 i .. 64 i + 63
+                w = (plane - zero) * scale          in registers, rounded to x's dtype
+                acc += w @ x_tile^T                 accumulated in float32
+        store round(acc + bias), or the slice's sums
+    with slices, a second kernel adds them in their order
+
+W is on the left, for the tensor cores of Hopper multiply 64 rows by as few as 8 columns, and there
+are few tokens where this kernel matters. A plane needs no conversion: 128 + q in bfloat16 (1024 + q
+in float16) has a constant's bits with q's or-ed in, two at once with one instruction; zero is such
+a number too, and the difference is exact.
+
+The order of the nibbles is such that a word's two neighbours, which a thread holds in one register,
+are neighbours in every plane: int4_prepack brings weights into it, once.
+
+Instructions for 8 weights: 3 shifts, 4 and-or, 4 subtractions, 4 multiplications, 1.9 for each. All
+of W [28672, 8192] takes an H200 15 us of issue slots, and its bytes 28 us.
+
+Backward: W is written out, rounded to x's dtype, and dx = dy @ W is triton_kernels/matmul.py's.
+
+Limits: from Ampere up; bfloat16 and float16; groups of 32, 64, 128 or 256. TMA wants Hopper or
+newer and rows of x that start at multiples of 16 bytes; anything else goes through pointers.
+
+Twin: pallas_kernels/int4_matmul.py.
+
+Sources: the constant with the code or-ed in is FasterTransformer's and Marlin's way to make floats
+of four bits; the float16 one is older. Split K with partial sums follows PyTorch's W4A16 kernels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _lib
+from .matmul import matmul_fwd
+
+DTYPES = (torch.bfloat16, torch.float16)
+GROUPS = (32, 64, 128, 256)
+BLOCK_K, PLANE = (
+    256,
+    64,
+)  # of K: what 128 bytes of a row hold, and what one nibble of its words does
+ZERO = tl.constexpr(8)  # of symmetric weights
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and resources of the kernel; the result does not depend on them.
+
+    block_m, block_n: tokens and rows of W of a program's tile. Powers of two, at least 8 and 16.
+    stages: steps of 256 of K whose operands are in flight or in use.
+    group_m: tiles along m that are visited before the next tile along n.
+    warps: warps of a program.
+    """
+
+    block_m: int = 16
+    block_n: int = 128
+    stages: int = 4
+    group_m: int = 8
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_m", 8), ("block_n", 16)):
+            size = getattr(self, name)
+            if size < least or size & (size - 1):
+                raise ValueError(f"{name}: expected a power of two >= {least}, got {size}")
+
+
+def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
+    """The Config for a product of these sizes on a Hopper with 132 multiprocessors."""
+    del N, K, dtype
+    # Few tokens: tiles of one warpgroup, several to a multiprocessor, so that one waits for memory
+    # while another unpacks.
+    if M <= 64:
+        return Config(block_m=max(16, _lib.power_of_2(M)), stages=4 if M <= 32 else 3)
+    # Each tile of tokens unpacks the weights again: 128 are what fits twice beside 256 of K.
+    return Config(block_m=128, stages=2, warps=8)
+
+
+def default_split(M: int, N: int, K: int) -> int:
+    """Slices of K so that all multiprocessors have enough to do, on a Hopper with 132."""
+    tiles = _lib.cdiv(N, 128) * _lib.cdiv(M, 256)
+    blocks = _lib.cdiv(K, BLOCK_K)
+    # Two or three tiles for each; no slice of fewer than 4 steps, which would be all prologue.
+    return max(1, min(_lib.cdiv(320, tiles), blocks // 4, 8)) if M <= 64 else 1
+
+
+# More tokens than these, and it takes less time to write W out once and multiply by that: unpacking
+# it again for every tile of tokens costs more than its 2 N K bytes, written and read.
+DENSE_M = 1024
+
+# Pointer loads need address registers, and Ada has 99 KB of shared memory: a smaller tile.
+POINTER_CONFIG = Config(block_m=16, block_n=64, stages=3)
+
+# Two words of 16 bits at once: nibble i of both, as floats, less zero, times scale. By fma alone,
+# which Ampere has for bfloat16 too; the second is a multiplication (its addend is -0).
+_UNPACK = """{{
+    .reg .b32 w, minus_one, nothing;
+    mov.b32 minus_one, {minus_one};
+    mov.b32 nothing, 0x80008000;
+    shr.u32 w, $1, {shift};
+    lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
+    fma.rn.{kind}x2 w, $2, minus_one, w;
+    fma.rn.{kind}x2 $0, w, $3, nothing;
+}}"""
+_BF16 = {"kind": "bf16", "magic": "0x43004300", "minus_one": "0xBF80BF80"}
+_F16 = {"kind": "f16", "magic": "0x64006400", "minus_one": "0xBC00BC00"}
+_PTX = {
+    f"{d['kind']}_{i}": _UNPACK.format(shift=4 * i, **d) for d in (_BF16, _F16) for i in range(4)
+}
+BF16_0, BF16_1, BF16_2, BF16_3, F16_0, F16_1, F16_2, F16_3 = map(tl.constexpr, _PTX.values())
+BF16_MAGIC, F16_MAGIC = tl.constexpr(0x4300), tl.constexpr(0x6400)
+INTERPRETING = tl.constexpr(_lib.INTERPRETING)
+
+
+@triton.jit
+def _unpacked(words, zero, scale, i: tl.constexpr):
+    """Plane i of words [rows, 64] int16, as weights in scale's dtype; zero and scale broadcast."""
+    bf16: tl.constexpr = scale.dtype == tl.bfloat16
+    if INTERPRETING:  # which cannot run PTX
+        q = ((words >> (4 * i)) & 15) | (BF16_MAGIC if bf16 else F16_MAGIC)
+        weights = (q.to(tl.int16).to(scale.dtype, bitcast=True) - zero) * scale
+    else:
+        if i == 0:
+            ptx: tl.constexpr = BF16_0 if bf16 else F16_0
+        elif i == 1:
+            ptx: tl.constexpr = BF16_1 if bf16 else F16_1
+        elif i == 2:
+            ptx: tl.constexpr = BF16_2 if bf16 else F16_2
+        else:
+            ptx: tl.constexpr = BF16_3 if bf16 else F16_3
+        weights = tl.inline_asm_elementwise(
+            ptx, "=r,r,r,r", [words, zero, scale], dtype=scale.dtype, is_pure=True, pack=2
+        )
+    return weights
+
+
+@triton.jit
+def _group_values(scale_ptr, zero_ptr, n, N, k, K, group: tl.constexpr):
+    """(zero, scale) [rows, 1] of the group that k lies in, for W's rows n; beyond the edges 0."""
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
+    magic: tl.constexpr = BF16_MAGIC if dtype == tl.bfloat16 else F16_MAGIC
+    at = (k // group).to(tl.int64) * N + n[:, None]
+    mask = (n[:, None] < N) & (k < K)
+    scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
+    if zero_ptr is None:
+        zero = tl.full(scale.shape, ZERO | magic, tl.int16)
+    else:
+        zero = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.int16) | magic
+    return zero.to(tl.int16).to(dtype, bitcast=True), scale
+
+
+@triton.jit
+def _weights(words, scale_ptr, zero_ptr, n, N, k, K, i: tl.constexpr, group: tl.constexpr):
+    """Plane i of W's rows n, which begins at k: [rows, 64]."""
+    zero, scale = _group_values(scale_ptr, zero_ptr, n, N, k, K, group)
+    if group < 64:
+        right = tl.arange(0, 64)[None, :] >= 32
+        zero_32, scale_32 = _group_values(scale_ptr, zero_ptr, n, N, k + 32, K, group)
+        zero, scale = tl.where(right, zero_32, zero), tl.where(right, scale_32, scale)
+    zero, scale = tl.broadcast_to(zero, words.shape), tl.broadcast_to(scale, words.shape)
+    return _unpacked(words, zero, scale, i)
+
+
+@triton.jit
+def _load_words(w, block, n, N, block_n: tl.constexpr, tma: tl.constexpr):
+    """[block_n, 64] words of rows n on, of one block of K."""
+    if tma:
+        words = w.load([block, n, 0]).reshape(block_n, 64)
+    else:
+        r = n + tl.arange(0, block_n)
+        at = (block.to(tl.int64) * N + r[:, None]) * 64 + tl.arange(0, 64)[None, :]
+        words = tl.load(w + at, mask=r[:, None] < N, other=0)
+    return words
+
+
+@triton.jit
+def _load_x(x, m, k, M, K, stride_xm, stride_xk, block_m: tl.constexpr, tma: tl.constexpr):
+    """x[m : m + block_m, k : k + 64], zeros beyond the edges."""
+    if tma:
+        tile = x.load([m, k])
+    else:
+        r, c = m + tl.arange(0, block_m), k + tl.arange(0, 64)
+        mask = (r[:, None] < M) & (c[None, :] < K)
+        at = r.to(tl.int64)[:, None] * stride_xm + c.to(tl.int64)[None, :] * stride_xk
+        tile = tl.load(x + at, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def _int4_matmul_kernel(
+    x,  # [M, K]: a TMA descriptor, or a pointer
+    w,  # [blocks of K, N, 64] int16: likewise
+    scale_ptr,  # [K / G, N]
+    zero_ptr,  # [K / G, N] or None
+    bias_ptr,  # [N] or None
+    out_ptr,  # y [M, N], or the slices' sums [split_k, M, N]
+    M, N, K, stride_xm, stride_xk,
+    group: tl.constexpr, split_k: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    # Neighbours share weights or tokens: group_m tiles of tokens, then the next rows of W.
+    num_m, num_n = tl.cdiv(M, block_m), tl.cdiv(N, block_n)
+    width = group_m * num_n
+    first = tl.program_id(0) // width * group_m
+    height = min(num_m - first, group_m)
+    m = (first + tl.program_id(0) % width % height) * block_m
+    n = tl.program_id(0) % width // height * block_n
+    blocks = tl.cdiv(K, 256)
+    part = tl.program_id(1)
+    start, stop = blocks * part // split_k, blocks * (part + 1) // split_k
+    rows = n + tl.arange(0, block_n)
+
+    # --- 2. main loop
+    acc = tl.zeros((block_n, block_m), tl.float32)
+    for block in range(start, stop):
+        words = _load_words(w, block, n, N, block_n, tma)
+        for i in tl.static_range(4):
+            k = block * 256 + i * 64
+            weights = _weights(words, scale_ptr, zero_ptr, rows, N, k, K, i, group)
+            x_tile = _load_x(x, m, k, M, K, stride_xm, stride_xk, block_m, tma)
+            acc = tl.dot(weights, x_tile.T, acc)
+        acc = _waited(acc)
+
+    # --- 3. epilogue
+    tile = acc.T  # [block_m, block_n]
+    if bias_ptr is not None:
+        tile += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
+
+    # --- 4. store
+    r = m + tl.arange(0, block_m)
+    at = (part * M + r).to(tl.int64)[:, None] * N + rows[None, :]
+    mask = (r[:, None] < M) & (rows[None, :] < N)
+    tl.store(out_ptr + at, tile.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _waited(acc):
+    """acc, once the tensor cores are done with it.
+
+    Left running into the next step, a product reads weights from registers which that step is about
+    to write, and ptxas puts all products one after the other (C7513). Whoever reads acc waits.
+    """
+    if not INTERPRETING:
+        acc = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
+
+
+@triton.jit
+def _int4_reduce_kernel(
+    parts_ptr,  # [split_k, M, N] float32
+    bias_ptr,  # [N] or None
+    y_ptr,  # [M, N]
+    M, N,
+    split_k: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    mask = at < M * N
+
+    # --- 2. main loop
+    acc = tl.zeros((block,), tl.float32)
+    for part in tl.static_range(split_k):  # in this order, whoever was done first
+        acc += tl.load(parts_ptr + part * M * N + at, mask=mask, other=0.0)
+
+    # --- 3. epilogue
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + at % N, mask=mask, other=0.0).to(tl.float32)
+
+    # --- 4. store
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _int4_dequantize_kernel(
+    w_ptr,  # [blocks of K, N, 64] int16
+    scale_ptr,  # [K / G, N]
+    zero_ptr,  # [K / G, N] or None
+    out_ptr,  # [N, K]
+    N, K,
+    group: tl.constexpr, block_n: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    n, block = tl.program_id(1) * block_n, tl.program_id(0)
+    rows = n + tl.arange(0, block_n)
+    words = _load_words(w_ptr, block, n, N, block_n, False)
+
+    # --- 2. main loop
+    for i in tl.static_range(4):
+        start = block * 256 + i * 64
+
+        # --- 3. epilogue
+        weights = _weights(words, scale_ptr, zero_ptr, rows, N, start, K, i, group)
+
+        # --- 4. store
+        k = start + tl.arange(0, 64)
+        at = rows.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(out_ptr + at, weights, mask=(rows[:, None] < N) & (k[None, :] < K))
+
+
+def int4_prepack(
+    w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None = None, *, group: int = 128
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights in the order in which the kernels read them; done once, with PyTorch's operations.
+
+    w_packed: [N, K / 2] uint8, k = 2j in the low nibble of byte j. w_scale: [N, K / group].
+    w_zero: [N, 4 * ceil(K / group / 8)] uint8, packed likewise, or None.
+
+    Returns ([ceil(K / 256), N, 64] int16: nibble i of word c of a row's block b is k = 256 b + 64 i
+    + c, and 8 beyond K; [K / group, N]; [K / group, N] uint8, one to a byte, or None). Nothing is
+    lost: the same codes in another order.
+
+    Raises as int4_matmul does.
+    """
+    N, K, prepacked = _check_weights(w_packed, w_scale, w_zero, group, None)
+    if prepacked:
+        raise ValueError("w_packed: expected shape [N, K / 2], got weights that are prepacked")
+    code = torch.stack((w_packed & 15, w_packed >> 4), dim=2).reshape(N, K)
+    code = torch.nn.functional.pad(code, (0, -K % BLOCK_K), value=8).view(N, -1, 4, PLANE)
+    halves = torch.stack((code[:, :, 0::2], code[:, :, 1::2]), dim=0)
+    words = (halves[0] | halves[1] << 4).transpose(2, 3).contiguous().view(torch.int16)
+    words = words.view(N, -1, PLANE).transpose(0, 1).contiguous()
+    if w_zero is not None:
+        w_zero = torch.stack((w_zero & 15, w_zero >> 4), dim=2).reshape(N, -1)
+        w_zero = w_zero[:, : K // group].t().contiguous()
+    return words, w_scale.t().contiguous(), w_zero
+
+
+def _prepacked(
+    w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None, group: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The kernels' arrays: as they are if they have been prepacked, else made now."""
+    if w_packed.ndim == 2:
+        return int4_prepack(w_packed, w_scale, w_zero, group=group)
+    zero = None if w_zero is None else w_zero.contiguous()
+    return w_packed.contiguous(), w_scale.contiguous(), zero
+
+
+def _fake_product(x, w_packed, w_scale, w_zero, bias, group, split_k, config):
+    return x.new_empty((x.shape[0], w_scale.shape[1]))
+
+
+@_lib.opaque("int4_matmul", _fake_product)
+def _product(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    split_k: int,
+    config: list[int] | None,
+) -> Tensor:
+    """x @ W^T + bias; the weights are prepacked, and split_k is 0 for "auto"."""
+    (M, K), N = x.shape, w_scale.shape[1]
+    y = x.new_empty((M, N))
+    if 0 in (M, N):
+        return y
+    if K == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand(M, N))
+    bias = None if bias is None else bias.contiguous()
+    if M > DENSE_M and bias is None and not split_k and not config:
+        return matmul_fwd(x, _dequantized(w_packed, w_scale, w_zero, group).t())[0]
+    with _lib.on_device(x):
+        _lib.check_gpu()
+        tma = _lib.has_tma() and _lib.tma_ready(x) and w_packed.data_ptr() % 16 == 0
+        tiles = Config(*config) if config else default_config(M, N, K, x.dtype)
+        tiles = tiles if tma or config else POINTER_CONFIG
+        split_k = split_k or default_split(M, N, K)
+        block_m, block_n = tiles.block_m, tiles.block_n
+        parts = x.new_empty((split_k, M, N), dtype=torch.float32) if split_k > 1 else y
+
+        def operand(t: Tensor, *block: int) -> TensorDescriptor | Tensor:
+            return TensorDescriptor.from_tensor(t, list(block)) if tma else t
+
+        grid = _lib.cdiv(M, block_m) * _lib.cdiv(N, block_n), split_k
+        _int4_matmul_kernel[grid](
+            operand(x, block_m, PLANE), operand(w_packed, 1, block_n, 64),
+            w_scale, w_zero, bias if split_k == 1 else None, parts,
+            M, N, K, *x.stride(), group, split_k, block_m, block_n, tiles.group_m, tma,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        if split_k > 1:
+            grid = (_lib.cdiv(M * N, 1024),)
+            _int4_reduce_kernel[grid](parts, bias, y, M, N, split_k, 1024)
+    return y
+
+
+def _fake_dequantized(w_packed, w_scale, w_zero, group):
+    return w_scale.new_empty((w_scale.shape[1], w_scale.shape[0] * group))
+
+
+@_lib.opaque("int4_dequantize", _fake_dequantized)
+def _dequantized(w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None, group: int) -> Tensor:
+    """W [N, K] in the scales' dtype; the weights are prepacked."""
+    w = _fake_dequantized(w_packed, w_scale, w_zero, group)
+    if w.numel():
+        N, K = w.shape
+        with _lib.on_device(w):
+            _lib.check_gpu()
+            grid = _lib.cdiv(K, BLOCK_K), _lib.cdiv(N, 64)
+            _int4_dequantize_kernel[grid](
+                w_packed, w_scale, w_zero, w, N, K, group, 64, num_warps=4
+            )
+    return w
+
+
+def int4_matmul_fwd(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None = None,
+    *,
+    group: int = 128,
+    split_k: int | str = "auto",
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """int4_matmul and what its backward needs: (y, (w_packed, w_scale, w_zero)), prepacked.
+
+    No gradient flows through this.
+    """
+    _check(x, w_packed, w_scale, w_zero, group, split_k, bias, config)
+    res = _prepacked(w_packed, w_scale, w_zero, group)
+    slices = 0 if isinstance(split_k, str) else split_k
+    return _product(x, *res, bias, group, slices, _lib.fields(config)), res
+
+
+def int4_matmul_bwd(
+    res: tuple[Tensor, Tensor, Tensor | None],
+    dy: Tensor,
+    *,
+    group: int = 128,
+    config: Config | None = None,
+) -> tuple[Tensor]:
+    """The gradient (dx [M, K],) in x's dtype; the weights are frozen.
+
+    res: of int4_matmul_fwd. dy [M, N]: the cotangent. config: unused, for the product is matmul's.
+    """
+    w_packed, w_scale, w_zero = res
+    _check_weights(w_packed, w_scale, w_zero, group, None)
+    _lib.check_tensor("dy", dy, ("M", w_scale.shape[1]), (w_scale.dtype,))
+    _lib.check_same_device(w_packed=w_packed, dy=dy)
+    _lib.check_config(config, Config)
+    return (matmul_fwd(dy, _dequantized(w_packed, w_scale, w_zero, group))[0],)
+
+
+class _Int4Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_packed, w_scale, w_zero, group, split_k, bias, config):
+        y, res = int4_matmul_fwd(
+            x, w_packed, w_scale, w_zero, group=group, split_k=split_k, bias=bias, config=config
+        )
+        ctx.save_for_backward(*res)
+        ctx.group = group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (dx,) = int4_matmul_bwd(ctx.saved_tensors, dy, group=ctx.group)
+        return dx, *[None] * 7
+
+
+def int4_matmul(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None = None,
+    *,
+    group: int = 128,
+    split_k: int | str = "auto",
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """y [M, N] = x [M, K] @ W^T + bias, W [N, K] in four bits. Differentiable once, in x alone.
+
+    x: bfloat16 or float16; any strides.
+    w_packed, w_scale, w_zero: as int4_prepack returns them: [ceil(K / 256), N, 64] int16,
+        [K / group, N] in x's dtype, [K / group, N] uint8 or None, which stands for 8 everywhere. Or
+        as it takes them: [N, K / 2], [N, K / group], [N, 4 * ceil(K / group / 8)]; they are then
+        prepacked in every call, which takes longer than the product.
+    group: 32, 64, 128 or 256 neighbours along K share a scale and a zero point.
+    split_k: K is summed in so many slices of whole blocks of 256, and these are added in order. The
+        rounding of the sums depends on it. "auto" chooses by the sizes.
+    bias: [N], x's dtype, or None.
+    config: tiles of this call.
+
+    Raises TypeError for dtypes and ValueError for shapes, groups, slices and devices that do not
+    fit, naming the argument; NotImplementedError on a GPU older than Ampere. A NaN or an infinity
+    among the scales makes NaN of what it belongs to.
+    """
+    return _Int4Matmul.apply(x, w_packed, w_scale, w_zero, group, split_k, bias, config)
+
+
+def _check(x, w_packed, w_scale, w_zero, group, split_k, bias, config) -> None:
+    if isinstance(x, Tensor) and x.dtype is torch.float32:
+        raise TypeError("x: expected dtype bfloat16 or float16, got float32")
+    _lib.check_tensor("x", x, ("M", "K"), DTYPES)
+    N, K, _ = _check_weights(w_packed, w_scale, w_zero, group, x)
+    if bias is not None:
+        _lib.check_tensor("bias", bias, (N,), (x.dtype,))
+    _lib.check_same_device(x=x, w_packed=w_packed, w_scale=w_scale, w_zero=w_zero, bias=bias)
+    _lib.check_config(config, Config)
+    if split_k != "auto":
+        _lib.check_static("split_k", split_k, (int,))
+        if not 1 <= split_k <= max(1, _lib.cdiv(K, BLOCK_K)):
+            raise ValueError(
+                f'split_k: expected "auto" or 1 .. {_lib.cdiv(K, BLOCK_K)}, the blocks of 256 '
+                f"that K = {K} has, got {split_k}"
+            )
+
+
+def _check_weights(
+    w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None, group: int, x: Tensor | None
+) -> tuple[int, int, bool]:
+    """(N, K, whether they are prepacked)"""
+    _lib.check_static("group", group, (int,))
+    if group not in GROUPS:
+        raise ValueError(f"group: expected 32, 64, 128 or 256, got {group}")
+    prepacked = isinstance(w_packed, Tensor) and w_packed.ndim == 3
+    codes = (torch.int16 if prepacked else torch.uint8,)
+    shape = ("ceil(K / 256)", "N", PLANE) if prepacked else ("N", "K / 2")
+    _lib.check_tensor("w_packed", w_packed, shape, codes)
+    N = w_packed.shape[1] if prepacked else w_packed.shape[0]
+    dtypes = DTYPES if x is None else (x.dtype,)
+    if x is not None:
+        K = x.shape[1]
+    elif prepacked:
+        _lib.check_tensor("w_scale", w_scale, ("K / group", N), dtypes)
+        K = w_scale.shape[0] * group
+    else:
+        K = w_packed.shape[1] * 2
+    if K % group:
+        raise ValueError(f"group: expected {group} to divide K = {K}")
+    groups = K // group
+    packed = (_lib.cdiv(K, BLOCK_K), N, PLANE) if prepacked else (N, K // 2)
+    _lib.check_tensor("w_packed", w_packed, packed, codes)
+    _lib.check_tensor("w_scale", w_scale, (groups, N) if prepacked else (N, groups), dtypes)
+    if w_zero is not None:
+        shape = (groups, N) if prepacked else (N, 4 * _lib.cdiv(groups, 8))
+        _lib.check_tensor("w_zero", w_zero, shape, (torch.uint8,))
+    return N, K, prepacked
