@@ -199,14 +199,18 @@ def _hybrid_attention_kernel(
                 )
                 return jnp.where(visible(row, start, stop, TILE), x, -jnp.inf)
 
-            def softmax(x: jax.Array, ni: Any, row_max: Any, row_sum: Any) -> Any:
+            def look(ni: Any) -> Any:
+                """(the tile after ni, whether ni needs no mask, whether it has dead tokens)"""
+                seen = tiles.seen(ni, mi * WARPGROUPS + wg)
+                return tiles.seek(ni + 1, mi * ORDERED), seen, tiles.dead(ni)
+
+            def softmax(x: jax.Array, ni: Any, free: Any, row_max: Any, row_sum: Any) -> Any:
                 """(p, the new row_max and row_sum, what the old sums are to be multiplied by)"""
                 slope = pos = theirs = None
                 if alibi_gmem is not None:
                     slope, pos = alibi_gmem[h], load(pos_gmem, row, TILE, ROW)
                     theirs = load(pos_gmem, ni * block_n, block_n, COLUMN)
                 x, factor, _ = capped(x, scale, softcap, slope, pos, theirs)
-                free = tiles.seen(ni, mi * WARPGROUPS + wg)
                 x = lax.cond(free, lambda x: x, lambda x: masked(x, ni), x)
                 top = jnp.maximum(row_max, x.max(axis=1) * factor)
                 base = jnp.where(top == -jnp.inf, 0.0, top)  # a row may have seen nothing yet
@@ -214,12 +218,12 @@ def _hybrid_attention_kernel(
                 p = jnp.exp2(x * factor - across(base, block_n))
                 return p.astype(v_smem.dtype), top, row_sum * shrink + p.sum(axis=1), shrink
 
-            def clear_v(ni: Any, slot: Any) -> None:
-                v_slot = v_smem.at[slot]
-                dead, n = tiles.dead(ni), ni * block_n
+            def clear_v(dead: Any, ni: Any, slot: Any) -> None:
+                v_slot, n = v_smem.at[slot], ni * block_n
                 clear_dead((v_slot,), dead, n, kv_start_gmem, kv_end_gmem, wg, clean)
 
             # --- 2. main loop
+            second, free, dead = look(first)
             plgpu.barrier_wait(q_full)
 
             def first_scores(x_acc: Any) -> jax.Array:
@@ -232,15 +236,16 @@ def _hybrid_attention_kernel(
 
             x = pl.run_scoped(first_scores, plgpu.ACC((TILE, block_n), jnp.float32))
             p, row_max, row_sum, _ = softmax(
-                x, first, filled((TILE,), -jnp.inf), filled((TILE,), 0.0)
+                x, first, free, filled((TILE,), -jnp.inf), filled((TILE,), 0.0)
             )
+            plgpu.barrier_wait(v_full.at[slot_of(carry)])
 
             def visit(state: Any) -> Any:
-                last, ni, step, acc, p, row_max, row_sum = state
+                dead, last, ni, step, acc, p, row_max, row_sum = state
                 slot, v_slot = slot_of(step + 1), slot_of(step)
+                after, free, dead_too = look(ni)  # here, since memory takes its time
                 plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[v_slot])
-                clear_v(last, v_slot)
+                clear_v(dead, last, v_slot)
                 if TURNS:
                     plgpu.barrier_wait(turn.at[wg])
 
@@ -251,7 +256,9 @@ def _hybrid_attention_kernel(
                     pass_turn()
                     x = plgpu.wgmma_accumulator_load(x_acc, wait_n=1)
                     plgpu.barrier_arrive(k_free.at[slot])
-                    new = softmax(x, ni, row_max, row_sum)
+                    new = softmax(x, ni, free, row_max, row_sum)
+                    # Here, so that o is not waited for before: ptxas moves no arithmetic past it.
+                    plgpu.barrier_wait(v_full.at[slot])
                     return o_acc[...], *new
 
                 made = pl.run_scoped(
@@ -262,15 +269,13 @@ def _hybrid_attention_kernel(
                 o, p, row_max, row_sum, shrink = made
                 plgpu.barrier_arrive(v_free.at[v_slot])
                 acc = o * across(shrink, D)
-                return ni, tiles.seek(ni + 1, mi * ORDERED), step + 1, acc, p, row_max, row_sum
+                return dead_too, ni, after, step + 1, acc, p, row_max, row_sum
 
-            second = tiles.seek(first + 1, mi * ORDERED)
-            state = (first, second, carry, filled((TILE, D), 0.0), p, row_max, row_sum)
-            state = lax.while_loop(lambda state: state[1] < high, visit, state)
-            last, _, step, acc, p, row_max, row_sum = state
+            state = (dead, first, second, carry, filled((TILE, D), 0.0), p, row_max, row_sum)
+            state = lax.while_loop(lambda state: state[2] < high, visit, state)
+            dead, last, _, step, acc, p, row_max, row_sum = state
             v_slot = slot_of(step)
-            plgpu.barrier_wait(v_full.at[v_slot])
-            clear_v(last, v_slot)
+            clear_v(dead, last, v_slot)
 
             def last_product(o_acc: Any) -> jax.Array:
                 o_acc[...] = acc

@@ -280,7 +280,7 @@ def _hybrid_attention_dkdv_kernel(
     tiles_gmem, order_gmem = next(given), next(given)
     alibi_gmem = next(given) if biased else None  # [Hq]
     dk_gmem, dv_gmem = next(given), next(given)
-    k_smem, v_smem, q_smem, do_smem = (next(given) for _ in range(4))
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(given) for _ in range(6))
     kv_full, kv_free, q_full, q_free, do_full, do_free, met = (next(given) for _ in range(7))
     (_, Hk, D), Hq = k_gmem.shape, q_gmem.shape[1]
     G = Hq // Hk
@@ -322,10 +322,23 @@ def _hybrid_attention_dkdv_kernel(
                 slot = slot_of(carry + i)
                 head = h * G + lax.div(i, high - low)
                 rows = pl.ds((low + lax.rem(i, high - low)) * block_n, block_n)
-                plgpu.barrier_wait(q_free.at[slot])
-                plgpu.copy_gmem_to_smem(q_gmem.at[rows, head], q_smem.at[slot], q_full.at[slot])
-                plgpu.barrier_wait(do_free.at[slot])
-                plgpu.copy_gmem_to_smem(do_gmem.at[rows, head], do_smem.at[slot], do_full.at[slot])
+                for free, full, *pairs in (
+                    (
+                        q_free,
+                        q_full,
+                        (q_gmem.at[rows, head], q_smem),
+                        (lse_gmem.at[head, rows], lse_smem),
+                    ),
+                    (
+                        do_free,
+                        do_full,
+                        (do_gmem.at[rows, head], do_smem),
+                        (delta_gmem.at[head, rows], delta_smem),
+                    ),
+                ):
+                    plgpu.barrier_wait(free.at[slot])
+                    for x_gmem, x_smem in pairs:
+                        plgpu.copy_gmem_to_smem(x_gmem, x_smem.at[slot], full.at[slot])
 
             return carry + G * (high - low)
 
@@ -350,15 +363,17 @@ def _hybrid_attention_dkdv_kernel(
 
             # --- 2. main loop
             def visit(step: Any, state: Any) -> Any:
-                ni, head, dk, dv = state
+                dead, ni, head, dk, dv = state
                 own, columns = share()
                 key = first + own.start
                 slot = slot_of(step)
                 n = ni * block_n
                 q_slot, do_slot = q_smem.at[slot], do_smem.at[slot]
+                # Here, since memory takes its time.
+                free = [fine.seen(key // TILE, n // TILE + i) for i in range(block_n // TILE)]
+                free = functools.reduce(jnp.logical_and, free)
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(do_full.at[slot])
-                dead = tiles.dead(ni)
                 clear_dead((q_slot, do_slot), dead, n, kv_start_gmem, kv_end_gmem, wg, met)
 
                 def masked(p: jax.Array) -> jax.Array:
@@ -366,18 +381,20 @@ def _hybrid_attention_dkdv_kernel(
                         load(x_gmem, key, TILE, ROW) - n for x_gmem in (q_start_gmem, q_end_gmem)
                     )
                     i = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=LAYOUT)
-                    # One end after the other: with both at hand a register is spilled.
-                    p = jnp.where(i >= across(start, block_n), p, 0.0)
-                    return jnp.where(i < across(stop, block_n), p, 0.0)
+                    # One comparison: two would spill.
+                    within = (i - across(start, block_n)).astype(jnp.uint32)
+                    seen = within < across((stop - start).astype(jnp.uint32), block_n)
+                    return jnp.where(seen, p, 0.0)
 
                 def products(s_acc: Any, dp_acc: Any, dk_acc: Any, dv_acc: Any) -> Any:
                     dk_acc[...] = dk
                     dv_acc[...] = dv
+                    delta = load(delta_smem.at[slot], 0, block_n, COLUMN)
+                    dp_acc[...] = down(0.0 - delta, TILE)  # before the first product is under way
                     plgpu.wgmma(s_acc, k_smem.at[own], q_slot.T)
-                    delta = load(delta_gmem.at[head], n, block_n, COLUMN)
-                    dp_acc[...] = down(0.0 - delta, TILE)
                     plgpu.wgmma(dp_acc, v_smem.at[own], do_slot.T)
-                    lse = load(lse_gmem.at[head], n, block_n, COLUMN) * LOG2E
+                    lse = load(lse_smem.at[slot], 0, block_n, COLUMN) * LOG2E
+                    plgpu.commit_smem()  # TMA may write there again
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                     slope = pos = theirs = None
                     if alibi_gmem is not None:
@@ -385,13 +402,10 @@ def _hybrid_attention_dkdv_kernel(
                         theirs = load(pos_gmem, n, block_n, COLUMN)
                     x, factor, bend = capped(s, scale, softcap, slope, pos, theirs)
                     p = jnp.exp2(x * factor - down(lse, TILE))
-                    free = [fine.seen(key // TILE, n // TILE + i) for i in range(block_n // TILE)]
-                    free = functools.reduce(jnp.logical_and, free)
                     p = lax.cond(free, lambda p: p, masked, p)
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-                    dx = p * dp
-                    dx = dx if bend is None else dx * bend
                     plgpu.wgmma(dv_acc, p.astype(q_smem.dtype), do_slot.at[:, columns])
+                    dx = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+                    dx = dx if bend is None else dx * bend
                     plgpu.wgmma(dk_acc, dx.astype(q_smem.dtype), q_slot.at[:, columns])
                     plgpu.wgmma_wait(1)
                     plgpu.barrier_arrive(do_free.at[slot])
@@ -401,7 +415,8 @@ def _hybrid_attention_dkdv_kernel(
                 dk, dv = pl.run_scoped(products, square, square, sums, sums)
                 plgpu.barrier_arrive(q_free.at[slot])
                 more = ni + 1 < high
-                return jnp.where(more, ni + 1, low), jnp.where(more, head, head + 1), dk, dv
+                after = jnp.where(more, ni + 1, low)
+                return tiles.dead(after), after, jnp.where(more, head, head + 1), dk, dv
 
             stop = carry + G * (high - low)
             square = plgpu.ACC((TILE, block_n), jnp.float32)
@@ -409,7 +424,8 @@ def _hybrid_attention_dkdv_kernel(
             dead = Tiles(tiles_gmem, block_m).dead(first // block_m)
             clear_dead((k_smem, v_smem), dead, first, kv_start_gmem, kv_end_gmem, wg, met)
             zero = filled((TILE, wide), 0.0)
-            *_, dk, dv = lax.fori_loop(carry, stop, visit, (low, h * G, zero, zero))
+            state = (tiles.dead(low), low, h * G, zero, zero)
+            *_, dk, dv = lax.fori_loop(carry, stop, visit, state)
 
             # --- 3. epilogue
             dk, dv = ((x * y).astype(k_smem.dtype) for x, y in ((dk, scale), (dv, 1.0)))
@@ -510,15 +526,16 @@ def backward(
     )
     stages, slots = dkdv_config.stages, (dkdv_config.stages, dkdv_config.block_n, D)
     free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-    full = plgpu.Barrier(num_barriers=stages)
+    full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     own = tile((dkdv_config.block_m, D))
+    row = plgpu.SMEM(slots[:2], jnp.float32)
     dk, dv = walk(
         _hybrid_attention_dkdv_kernel,
         "hybrid_attention_dkdv_kernel",
         plan.k_order,
         like[1:],
         [
-            *(own, own, tile(slots), tile(slots)),
+            *(own, own, tile(slots), tile(slots), row, row),
             *(plgpu.Barrier(num_arrivals=2), both, full, free, full, free, both),
         ],
         dkdv_config,

@@ -48,14 +48,21 @@ Layout = list[list[tuple[int, int]]]
 
 def _ci() -> Layout:
     """All four modes; a segment of one token; two images under diffusion side by side; a sequence
-    without tokens; an image that crosses tiles; one under diffusion that comes first."""
+    without tokens; an image that crosses tiles; one under diffusion that comes first; a sequence
+    of three tiles."""
     return [
-        [(30, CAUSAL), (97, FULL), (1, CAUSAL), (20, NOISE), (33, NOISE), (9, CAUSAL)],
+        [(30, CAUSAL), (131, FULL), (1, CAUSAL), (20, NOISE), (33, NOISE), (57, CAUSAL)],
         [],
-        [(13, NOISE), (1, FULL), (41, CAUSAL), (1, NOISE), (6, CAUSAL)],
-        [(5, PAD)],
-        [(11, CAUSAL), (29, FULL)],
+        [(5, NOISE), (1, FULL), (7, CAUSAL), (1, NOISE), (2, CAUSAL)],
+        [(3, PAD)],
+        [(7, CAUSAL), (5, FULL)],
     ]
+
+
+def _ci_short() -> Layout:
+    """Most of that within two tiles."""
+    first = [(30, CAUSAL), (40, FULL), (1, CAUSAL), (20, NOISE), (17, NOISE), (9, CAUSAL)]
+    return [first, [], [(3, PAD)], [(11, CAUSAL)]]
 
 
 def _bagel(total: int) -> Layout:
@@ -95,6 +102,8 @@ def _jagged(total: int, median: int) -> Layout:
 SPANS = [(512, CAUSAL), (1024, FULL), (256, CAUSAL), (1024, FULL), (1280, CAUSAL)]
 
 LAYOUTS: Mapping[str, Callable[[], Layout]] = {
+    "ci_alibi": _ci_short,
+    "ci_d256": _ci_short,
     "bagel_32k": lambda: _bagel(32768),
     "bagel_36k": lambda: _bagel(36864),
     "pack_16k": lambda: 4 * [SPANS],
@@ -126,10 +135,9 @@ def _model(
 PLANNED = ("fwd", "bwd", "plan")
 
 WORKLOADS = (
-    _ci_work("ci", 307, 2, 1, 64, passes=PLANNED),
-    _ci_work("ci_window", 307, 2, 2, 96, W=37, passes=PLANNED, options={"softcap": 2.5}),
-    _ci_work("ci_alibi", 173, 4, 2, 64, W=1, absent=(), options={"scale": 0.21}),
-    _ci_work("ci_d128", 203, 2, 1, 128),
+    _ci_work("ci", 307, 2, 1, 128, passes=PLANNED),
+    _ci_work("ci_window", 307, 1, 1, 96, W=37, passes=PLANNED, options={"softcap": 2.5}),
+    _ci_work("ci_alibi", 139, 4, 2, 64, W=1, absent=(), options={"scale": 0.21}),
     _ci_work("ci_d256", 139, 1, 1, 256),
     _model("bagel_32k", 32768, 28, 4, 128, passes=PLANNED),
     _model("bagel_36k", 36864, 28, 4, 128, passes=PLANNED),
