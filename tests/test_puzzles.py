@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from parity.commands.shared import Stop
-from parity.spec import Arithmetic
+from parity.spec import NUMPY_DTYPES, Arithmetic
 from puzzles import author, pictures, policy, verdicts
 from puzzles.cli import main
-from puzzles.grade import Result, grade
+from puzzles.grade import Result, grade, judged
 from puzzles.process import Child
 from puzzles.progress import Progress
 from puzzles.puzzle import HOLE, HOME, Puzzle, load, skeleton_of, track
@@ -274,6 +274,35 @@ def test_a_cheat_is_caught(name: str, children: dict[str, Child]):
     child = children["triton"]
     found = grade(Q01, "triton", source, seed=SEED, explain=False, hasty=True, child=child)
     assert found.verdict == verdict, found.detail
+
+
+LOWER = {"float32": "float16", "float16": "bfloat16"}
+
+
+@pytest.mark.parametrize("puzzle", track(), ids=lambda p: p.id)
+def test_zeros_constants_and_less_precision_are_wrong(puzzle: Puzzle):
+    """In some case, each: a puzzle is solved in all of them."""
+    wrong: dict[str, int] = {}
+    for number, work in enumerate(puzzle.cases(np.random.default_rng(0))):
+        rng = np.random.default_rng(number)
+        arrays = {n: d.draw(rng) for n, d in puzzle.problem.inputs(work).items()}
+        specs = puzzle.problem.outputs(work)
+        blank = [np.zeros(s.shape, NUMPY_DTYPES[s.dtype]) for s in specs.values()]
+        truth = judged(puzzle, work, arrays, blank).truth
+        right = [r.astype(x.dtype) for r, x in zip(truth, blank, strict=True)]
+        answers = {"zeros": blank, "ones": [np.ones_like(x) for x in blank]}
+        for at, (name, spec) in enumerate(specs.items()):
+            if spec.dtype in LOWER:  # exact ones hold bfloat16 numbers
+                lower = "float8_e5m2" if name in puzzle.exact else LOWER[spec.dtype]
+                answers[f"{name} as {lower}"] = [*right]
+                answers[f"{name} as {lower}"][at] = (
+                    right[at].astype(NUMPY_DTYPES[lower]).astype(spec.dtype)
+                )
+        assert judged(puzzle, work, arrays, right).bad is None
+        for name, outputs in answers.items():
+            bad = judged(puzzle, work, arrays, outputs).bad
+            wrong[name] = wrong.get(name, 0) + (bad is not None)
+    assert all(wrong.values()), wrong
 
 
 def test_what_a_puzzle_asks_for_may_not_be_called():
