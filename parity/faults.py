@@ -355,7 +355,8 @@ def answers(problem: Problem, work: Workload, seed: int = 0) -> Iterator[Caught]
             return "", ""
 
         yield Caught(problem.stem, work.name, which, "none", ("",), *verdict(case.good))
-        exact = "int" in next(iter(case.specs.values())).dtype
+        first = next(iter(case.specs.values()))
+        exact = first.exact or "int" in first.dtype
         for fault, reasons in {**(EXACT if exact else ANSWERS), **problem.faults}.items():
             wrong = fault(case)
             if wrong is not None and not _same(case.xp, wrong, case.good):
