@@ -1,0 +1,188 @@
+"""Symmetric int8 with a scale for each row, or for each group of neighbours in it.
+
+    scale[m, g] = max_k |x[m, k]| / 127 over the k of group g             1 where that is 0
+    q[m, k] = clip(rint(x[m, k] / scale[m, g]), -127, 127)                ties to even
+
+    groups are short rows: x [M, K] is looked at as [M * K / group, group]
+    for each tile of rows:
+        walk over the row: top = max |x|; scale = top / 127
+        x is still in registers (a row longer than a tile: walk again, from L1): codes
+
+Both quotients are those of float32, correctly rounded, though no element is divided: it is
+multiplied by 1 / scale as the sum of two float32, the first of 12 bits. Its product with the 11
+bits of x is exact, and the sum comes within 2^-34 of the quotient, whether or not a compiler fuses
+it; next to a tie nothing else lies within 2^-19. A test goes through all mantissas of both types.
+
+Limits: from Ampere up; bfloat16 and float16.
+
+Twin: pallas_kernels/int8_quantize.py.
+
+Sources: LLM.int8() (Dettmers et al., arXiv:2208.07339) for a scale per token; a sum of two floats
+for a number is Dekker's double length (Numerische Mathematik 18, 1971).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _lib
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and resources of the kernel; the result does not depend on them.
+
+    block_m: rows (or groups) of a tile.
+    block_n: columns of a tile; a longer row is walked over twice.
+    warps: warps of a program.
+    """
+
+    block_m: int = 1
+    block_n: int = 8192
+    warps: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"{name}: expected a power of two, got {size}")
+
+
+def default_config(R: int, N: int, dtype: torch.dtype) -> Config:
+    """The Config for R rows (or groups) of N columns on a Hopper."""
+    del R
+    # A row is one tile of up to 64 KB: 64 bytes of it for each thread, four loads of 16 bytes in
+    # flight. Short rows share a tile of 16 KB.
+    block_n = min(max(16, _lib.power_of_2(N)), 65536 // dtype.itemsize)
+    block_m = max(1, 16384 // dtype.itemsize // block_n)
+    return Config(block_m, block_n, min(16, max(1, block_m * block_n * dtype.itemsize // 2048)))
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of |x| in float32: whole numbers order them alike, infinity and then NaN on top."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _leading_bits(x):
+    """x cut off after the first 12 bits of its significand."""
+    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _codes(x, scale):
+    """The codes of x [block_m, block_n] for scale [block_m, 1]."""
+    bits = scale.to(tl.int32, bitcast=True)
+    known = (bits & 0x7F800000) != 0x7F800000  # neither infinite nor NaN
+    # By a power of two, so that neither reciprocals nor their rests leave float32's range.
+    power = ((254 << 23) - (bits & 0x7F800000)).to(tl.float32, bitcast=True)
+    divisor = scale * power
+    reciprocal = _leading_bits(1.0 / divisor)
+    first = _leading_bits(divisor)
+    rest = 1.0 - reciprocal * first - reciprocal * (divisor - first)  # all of it exact
+    scaled = x.to(tl.float32) * power
+    quotient = scaled * reciprocal + scaled * (rest / divisor)
+    quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
+    # Adding 1.5 * 2^23 rounds to a whole number, which the low bits hold in two's complement.
+    code = (quotient + 12582912.0).to(tl.int32, bitcast=True)
+    return tl.where(known, code, 0).to(tl.int8)
+
+
+@triton.jit
+def _int8_quantize_kernel(
+    x_ptr,  # [R, N]
+    q_ptr,  # [R, N] int8
+    scale_ptr,  # [R] float32
+    R, N, stride_xr, block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    m = (tl.program_id(0) * block_m + tl.arange(0, block_m)).to(tl.int64)
+    rows, n = m[:, None], tl.arange(0, block_n)[None, :]
+    x_rows, q_rows = x_ptr + rows * stride_xr, q_ptr + rows * N
+
+    # --- 2. main loop
+    if whole:
+        inside = (rows < R) & (n < N)
+        x = tl.load(x_rows + n, mask=inside, other=0.0, eviction_policy="evict_first")
+        largest = _magnitude(x)  # [block_m, block_n]
+    else:
+        largest = tl.zeros((block_m, block_n), tl.int32)
+        for n0 in tl.range(0, N, block_n):
+            inside = (rows < R) & (n0 + n < N)
+            x = tl.load(x_rows + n0 + n, mask=inside, other=0.0, eviction_policy="evict_last")
+            largest = tl.maximum(largest, _magnitude(x))
+
+    # --- 3. epilogue
+    scale = tl.div_rn(tl.max(largest, 1).to(tl.float32, bitcast=True), 127.0)  # [block_m]
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    tl.store(scale_ptr + m, scale, mask=m < R)
+
+    # --- 4. store
+    scale = scale[:, None]
+    if whole:
+        inside = (rows < R) & (n < N)
+        tl.store(q_rows + n, _codes(x, scale), mask=inside, eviction_policy="evict_first")
+    else:
+        for n0 in tl.range(0, N, block_n):
+            inside = (rows < R) & (n0 + n < N)
+            x = tl.load(x_rows + n0 + n, mask=inside, other=0.0, eviction_policy="evict_first")
+            tl.store(q_rows + n0 + n, _codes(x, scale), mask=inside, eviction_policy="evict_first")
+
+
+def _fake(x, group, config):
+    rows = (x.shape[0],) if group is None else (x.shape[0], x.shape[1] // group)
+    return [x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)]
+
+
+@_lib.opaque("int8_quantize", _fake)
+def _quantize(x: Tensor, group: int | None, config: list[int] | None) -> list[Tensor]:
+    """[q, scale]."""
+    q, scale = _fake(x, group, config)
+    if x.numel() == 0:
+        return [q, scale.fill_(1.0)]
+    x = _lib.rows_adjacent(x) if group is None else x.contiguous().view(-1, group)
+    R, N = x.shape
+    with _lib.on_device(x):
+        _lib.check_gpu()
+        tiles = Config(*config) if config else default_config(R, N, x.dtype)
+        _int8_quantize_kernel[(_lib.cdiv(R, tiles.block_m),)](
+            x, q, scale, R, N, x.stride(0), tiles.block_m, tiles.block_n, N <= tiles.block_n,
+            num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
+        )  # fmt: skip
+    return [q, scale]
+
+
+def int8_quantize(
+    x: Tensor, *, axis: int, group: int | None = None, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (codes int8 [M, K], scale float32), one launch and one read of x; no gradient.
+
+    x: bfloat16 or float16; rows may have any pitch.
+    axis: -1 (or 1), the last: the one that is scaled as a whole.
+    group: None gives each row a scale, [M]; else that many neighbours share one, [M, K / group].
+    config: tiles of this call.
+
+    All zeros, or a scale too small for float32: scale 1, codes 0. A NaN or an infinity: the scale
+    is NaN or infinity, and the codes of what shares it are 0.
+
+    Raises TypeError for dtypes; ValueError for shapes and devices that do not fit, another axis and
+    a group that does not divide K, naming the argument; NotImplementedError on a GPU older than
+    Ampere.
+    """
+    _lib.check_tensor("x", x, ("M", "K"), DTYPES)
+    _lib.check_static("axis", axis, (int,))
+    if axis not in (-1, 1):
+        raise ValueError(f"axis: expected -1, the last of x, got {axis}")
+    if group is not None:
+        _lib.check_static("group", group, (int,))
+        if group < 1 or x.shape[1] % group:
+            raise ValueError(f"group: expected a divisor of K = {x.shape[1]}, got {group}")
+    _lib.check_config(config, Config)
+    q, scale = _quantize(x, group, _lib.fields(config))
+    return q, scale
