@@ -105,7 +105,7 @@ def reveal(name: str, truth: float | None = None, *, within: float = 0.0) -> Non
         return
     ok = abs(guess - right) <= within * abs(right)
     _lesson.revealed[name] = ok
-    words = "as you said" if guess == right else "close enough" if ok else "not what you said"
+    words = "as you said" if guess == right else "close enough" if ok else "not so"
     said = f"{name}: {_number(right)}. You said {_number(guess)}: {words}.{because}"
     _say(said, {"predict": name, "ok": ok})
 
@@ -414,6 +414,11 @@ def _traced(error: BaseException) -> str:
     # jax hands on what a kernel raised as text: the last line of a traceback in it says what it was
     inner = [line for line in lines[1:] if re.match(r"\w+(Error|Exception): ", line)]
     first = inner[-1] if inner else f"{type(error).__name__}: {lines[0]}"
+    if not inner and first.endswith(":"):  # what differs stands in the next line
+        first += " " + next(filter(None, (line.strip(" *") for line in lines[1:])), "")
+    first = first.rstrip(".: ")
+    if "TracerBoolConversionError" in first:
+        first += " (if, and, max and the like cannot ask a value inside a kernel: jnp.where can)"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "ipykernel" in frame.filename or "ipython-input" in frame.filename:
             return f"{first}; at `{(frame.line or '').strip()}`"

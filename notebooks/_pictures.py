@@ -610,7 +610,7 @@ def sqnr_against_bits(data: Mapping[str, np.ndarray]) -> Picture:
     axes.grid(color=INK["line"], linewidth=0.5)
     axes.set_axisbelow(True)
     axes.plot(range(2, 9), line, color=INK["faint"], linewidth=1, linestyle=(0, (4, 2)))
-    sheet.words(2.1, line[1] + 2, "integers", size=SMALL, color=INK["faint"])
+    sheet.words(2.1, line[1] + 4, "integers", size=SMALL, color=INK["faint"])
     unit = (high - low) / sheet.height
     for cluster in ((0, 6), (6, 12)):
         inside = {n: k for n, k in kept.items() if cluster[0] <= k[0] < cluster[1]}
@@ -622,7 +622,7 @@ def sqnr_against_bits(data: Mapping[str, np.ndarray]) -> Picture:
         shift = (sum(heights) - sum(a for _, a, _ in inside.values())) / len(heights)
         for height, (name, (bits, a, b)) in zip(heights, inside.items(), strict=True):
             axes.plot([bits, bits], [a, b], color=INK["line"], linewidth=0.8, zorder=1)
-            axes.plot([bits, at - 0.05], [a, height - shift], color=INK["line"], linewidth=0.6)
+            axes.plot([bits, at - 0.05], [a, height - shift], color=INK["faint"], linewidth=0.6)
             axes.plot([bits], [a], "o", color=INK["triton"], markersize=4.5)
             axes.plot([bits], [b], "^", color=INK["pallas"], markersize=5)
             sheet.words(at, height - shift, f"{name}  {a:.0f}, {b:.0f}", size=SMALL)

@@ -334,7 +334,7 @@ def _blank(y: Grid, r: Grid, wrong: np.ndarray) -> tuple[str | None, str] | None
     rows, columns = (np.flatnonzero(wrong.any(axis=axis)) for axis in (1, 0))
     inside = y[np.ix_(rows, columns)]
     if np.isnan(inside).all():
-        blank, says, tail = np.isnan(y), "never written (NaN)", "unwritten_tail"
+        blank, says, tail = np.isnan(y), "NaN (never written, or computed so)", "unwritten_tail"
     elif (inside == 0).all():
         blank, says, tail = y == 0, "zero", "dropped_tail"
     else:

@@ -247,7 +247,7 @@ def test_a_prediction_is_compared_and_a_question_stays_closed(monkeypatch: pytes
     words = [data["text/plain"] for data in said]
     assert "close enough" in words[1]
     assert words[2] == "A: choose first, above."
-    assert "not what you said" in words[4] and "rows 16, 17 and 18" in words[4]
+    assert "not so" in words[4] and "rows 16, 17 and 18" in words[4]
     assert "1 of 2 predictions" in words[5]
     assert [data[course.OUTCOME]["ok"] for data in said if course.OUTCOME in data] == [
         True, None, False

@@ -18,6 +18,7 @@ from parity.spec import Arithmetic, Array, Cost, Normal, Problem, Workload
 SIZES = (
     ("short", 3, 5),
     ("one_block", 2, 512),
+    ("rising_rows", 3, 1300),
     ("logits_to_1e4", 3, 1100),
     ("rows_of_minus_inf", 4, 700),
     ("long_rows", 2, 6000),
@@ -25,6 +26,14 @@ SIZES = (
 WORKLOADS = tuple(
     Workload(name, {"M": M, "N": N}, "float32", ("ci",), passes=("fwd",)) for name, M, N in SIZES
 )
+
+
+class Rising(Normal):
+    """Logits that rise by about 10 from one block to the next."""
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        x = np.arange(self.shape[1]) / 50 + rng.standard_normal(self.shape)
+        return x.astype(self.dtype)
 
 
 class Large(Normal):
@@ -48,8 +57,8 @@ class Masked(Normal):
 
 
 def inputs(work: Workload) -> dict:
-    kind = {"logits_to_1e4": Large, "rows_of_minus_inf": Masked}.get(work.name, Normal)
-    return {"x": kind((work["M"], work["N"]), "float32")}
+    kinds = {"rising_rows": Rising, "logits_to_1e4": Large, "rows_of_minus_inf": Masked}
+    return {"x": kinds.get(work.name, Normal)((work["M"], work["N"]), "float32")}
 
 
 def sums(ar: Arithmetic, x: Any) -> tuple[Any, Any, Any]:

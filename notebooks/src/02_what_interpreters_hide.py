@@ -40,8 +40,8 @@ from notebooks._tracer import guarded
 #
 # *bfloat16* is a number in 16 bits: float32 with the lower half of its bits cut off. In Triton's
 # interpreter a product of two bfloat16 matrices is wrong, and says nothing. By how many powers of
-# ten is it off? And when a float32 is rounded to bfloat16 there, in how many of 100 cases is the
-# result not the nearest one?
+# ten is it off? (Nothing so far tells you: guess.) And when a float32 is rounded to bfloat16
+# there, the lower half is only cut off: in how many of 100 cases is the result not the nearest?
 
 # %% answer="guess_bf16"
 course.predict("powers_of_ten", 10)
@@ -345,7 +345,7 @@ course.reveal("C")
 # 5. Guard bands, odd sizes, a trace and the compile gate find on a laptop most of what a GPU
 #    would punish.
 #
-# Back to [the list of lessons](../notebooks/README.md).
+# Next: [03 Memory, bytes and the roofline](03_memory_and_roofline.ipynb).
 
 # %%
 course.end()

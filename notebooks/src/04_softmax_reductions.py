@@ -88,7 +88,7 @@ course.reveal("total", 3 * np.exp(2 - new) + np.exp(4 - new) + np.exp(2 - new), 
 # A row of 24 logits in blocks of four. The points are the logits, the line is `top`. Under each
 # block stands the state after it, and in the last line the sum that you would have without `top`.
 #
-# In JupyterLab a slider brings the blocks one by one.
+# In JupyterLab a slider brings the blocks one by one. Move it to the end.
 
 # %%
 rng = np.random.default_rng(0)
@@ -97,8 +97,8 @@ row[20:] -= 70
 course.slider(lambda seen: pictures.running_softmax(row, 4, seen), range(1, 7), 3, "blocks seen")
 
 # %% [markdown]
-# Look at *old sum times*. It is 1 where the largest value stayed, and tiny where it grew: what
-# was summed before hardly counts any more.
+# Look at *old total times*. It is 1 where the largest value stayed, and tiny where it grew: what
+# was summed before hardly counts any more. In block 1 it is 0, for nothing was summed before.
 #
 # ### Two details
 #
@@ -165,9 +165,9 @@ def logsumexp_triton(x):
 course.check("logsumexp", triton=logsumexp_triton)
 
 # %% [markdown]
-# The sizes: rows shorter than a block and longer, logits between -10000 and 10000, a row of
-# `-inf`, and a row that begins with a whole block of them. The check also counts bytes: whoever
-# reads x twice is told so.
+# The sizes: rows shorter than a block and longer, logits that rise from block to block, logits
+# between -10000 and 10000, a row of `-inf`, and a row that begins with a whole block of them. The
+# check also counts bytes: whoever reads x twice is told so.
 #
 # ## 4. Do it in Pallas: log-sum-exp
 #

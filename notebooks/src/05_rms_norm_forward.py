@@ -274,8 +274,8 @@ course.check("residual_rms_norm", triton=residual_rms_norm_triton)
 # The sizes: five in float16 and one in float32. Among them rows of large values, rows of small
 # ones, a row of zeros, rows of one number. Your error may be 1.5 times that of a model which
 # computes in float32 and rounds once, so a sum in 16 bits does not get through. The bytes are
-# counted too, on the last size: 1.20 times the least is right, since w is read for each of six
-# rows.
+# counted too, on the last size: a fifth above the least is right, since w is read for each of
+# six rows.
 #
 # ## 5. Do it in Pallas
 #
@@ -354,16 +354,20 @@ course.twins("rms_norm", "_rms_norm_fwd_kernel", 3)
 # %% [markdown]
 # ### Predict
 #
-# 16384 rows of 4096 bfloat16, with a residual. An array of that size has 134 MB, and the GPU
-# copies at about 4200 GB per second (bytes read and bytes written counted together). How many
+# 16384 rows of 4096 bfloat16, with a residual. Below is how large one such array is, and how fast
+# the GPU of the records copies (bytes read and bytes written counted together). How many
 # microseconds must one fused kernel take at least?
+
+# %%
+row = course.rows("rms_norm", "rms_norm_16384x4096_residual")["triton"]
+copy_gbps = row["ceilings"]["copy_gbps"]
+print(f"An array has {16384 * 4096 * 2 / 1e6:.0f} MB, a copy moves {copy_gbps:.0f} GB per second.")
 
 # %% answer="guess_us"
 course.predict("microseconds", 128)
 
 # %%
-row = course.rows("rms_norm", "rms_norm_16384x4096_residual")["triton"]
-least = row["bytes"] / row["ceilings"]["copy_gbps"] / 1e3  # GB/s are bytes per nanosecond
+least = row["bytes"] / copy_gbps / 1e3  # GB/s are bytes per nanosecond
 course.reveal("microseconds", least, within=0.05)
 print(f"By the same rule four kernels would take {least * 8 / 4:.0f} us; that is not measured.")
 

@@ -307,8 +307,8 @@ course.check("rms_norm_backward", triton=rms_norm_backward_triton)
 # %% [markdown]
 # dx and dw are both compared with float64. dw is judged as float32, although x and dy may be
 # float16: a dw that was summed in 16 bits does not get through. Launches are counted, two of
-# them, and bytes: 1.19 times the least is right, because of the partial sums and of w for each
-# program.
+# them, and bytes: about a fifth above the least is right, because of the partial sums and of w
+# for each program.
 #
 # ## 5. Do it in Pallas
 #

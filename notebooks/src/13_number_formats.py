@@ -143,6 +143,8 @@ codecs.check("int4", int4_pack, int4_unpack)
 # negative rise with their codes, 0 to 126, so look up the nearest. `np.searchsorted(middles, x)`
 # counts the middles below x; with `side="right"` a middle that equals x counts too, and that is
 # how a tie shows. The even code wins. Too large becomes 448. NaN is not asked for.
+#
+# Mind uint8 on the way: 3 - 7 is 252 there. Turn `exponent` into float32 before you subtract.
 
 
 # %% answer="e4m3"
@@ -179,7 +181,7 @@ codecs.check("e4m3", e4m3_decode, e4m3_encode)
 #
 # NF4 has sixteen values between -1 and 1; x has already been divided by the largest magnitude of
 # its block. They are chosen so that a normal distribution uses each about equally often.
-# `formats.NF4` lists them, rising. The nearest again; here a tie takes the lower code.
+# `formats.NF4` is an array of them, rising. The nearest again; here a tie takes the lower code.
 
 
 # %% answer="nf4"
@@ -203,10 +205,12 @@ codecs.check("nf4", nf4_encode)
 #
 #     e = floor(log2(m)) - 8        x is divided by 2 ** e, and then encoded as e4m3
 #
-# Stored is `e + 127`, from 0 to 254, in a byte; a block of zeros has 0. `np.log2` is rounded and
-# may be off by one right below a power of two. (MXFP8 is this; MXFP4 has e2m1 in place of e4m3,
-# two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign.) Take
-# `np.frexp(m)`, which returns (f, k) with m = f * 2^k and 0.5 <= f < 1.
+# Stored is `e + 127`, kept to 0 .. 254, in a byte; a block of zeros has 0. (MXFP8 is this; MXFP4
+# has e2m1 in place of e4m3, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6
+# and a sign.)
+#
+# `np.log2` is rounded, and may be off by one right below a power of two. Take `np.frexp(m)`, which
+# returns (f, k) with m = f * 2^k and 0.5 <= f < 1.
 
 
 # %% answer="mx"
@@ -282,7 +286,8 @@ course.show(pictures.sqnr_against_bits({"normal": weights, "outliers": outliers}
 # Two lessons. **Who shares a scale matters.** One outlier stretches the scale of all its
 # neighbours: with one scale for everything, int8 falls far, with one for 128 only those near an
 # outlier suffer. **Floats take it lightly.** Their relative error is the same for large and
-# small, so e4m3 gains nothing from a better scale, and loses little from a bad one.
+# small, so e4m3 gains nothing from a better scale, and loses little from a bad one. (Here its SQNR
+# even rises: the four outliers add to the squares, and are themselves met almost exactly.)
 #
 # ## 9. Do it in Triton: there and back in one kernel
 #
