@@ -219,6 +219,7 @@ def _load(side: Any, file: Path) -> Callable[..., Any]:
 
 def _race(job: Mapping[str, Any]) -> dict[str, Any]:
     """Times the solutions in some files: {name: [backend, file]}."""
+    from parity.timing import NothingSeen
     from puzzles import gpu_side
     from puzzles.puzzle import HOME, load
 
@@ -226,7 +227,11 @@ def _race(job: Mapping[str, Any]) -> dict[str, Any]:
     for name, (backend, file) in job["solves"].items():
         side = _side(backend, True)
         solves[name] = side, _load(side, Path(file))
-    return {"ok": True, "raced": gpu_side.race(load(HOME / job["puzzle"]), solves, job["seed"])}
+    try:
+        return {"ok": True, "raced": gpu_side.race(load(HOME / job["puzzle"]), solves, job["seed"])}
+    except NothingSeen as e:  # the machine cannot time, unless it is one of them that ran no kernel
+        unable = not str(e).startswith(tuple(f"{name}: " for name in solves))
+        return {"ok": False, "verdict": "raised", "detail": str(e), "unable": unable}
 
 
 def _run(

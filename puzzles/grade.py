@@ -172,6 +172,8 @@ def timed(
             return replace(found, verdict="wrong_on_gpu", detail=detail)
         tell("a race against the baseline")
         answer = child.race(puzzle.id, {YOURS: (backend, source)}, secrets.randbits(32))
+    if answer.get("unable"):
+        return replace(found, speed=locked(answer["detail"]))
     if not answer["ok"]:
         return replace(found, verdict="wrong_on_gpu", detail=answer["detail"])
     raced = Raced(**answer["raced"])

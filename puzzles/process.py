@@ -105,7 +105,7 @@ class Child:
     def race(self, puzzle: str, solves: Mapping[str, tuple[str, str]], seed: int) -> dict[str, Any]:
         """Times solutions against the puzzle's baseline: {"ok", "raced"}, the fields of a Raced.
 
-        solves: name -> (backend, source).
+        Not ok but "unable": this machine cannot time. solves: name -> (backend, source).
         """
         files = {}
         for name, (backend, source) in solves.items():

@@ -485,7 +485,7 @@ def test_a_race_without_a_gpu_says_so():
     puzzle = load(HOME / "q08")
     with Child("triton", puzzle.limits, gpu=True) as process:
         answer = process.race("q08", {YOURS: ("triton", puzzle.solution("triton"))}, 1)
-    assert not answer["ok"] and "no CUDA device" in answer["detail"]
+    assert not answer["ok"] and answer["unable"] and "no CUDA device" in answer["detail"]
 
 
 class Elsewhere:
@@ -552,6 +552,18 @@ def test_wrong_when_compiled_is_a_verdict(elsewhere: Puzzle, monkeypatch: pytest
     assert grading.timed(elsewhere, "triton", "", wrong) is wrong
     locked = grading.timed(elsewhere, "triton", "", PASSED, why_not="it needs a GPU").speed
     assert locked and locked.state == "locked"
+
+
+@pytest.mark.parametrize(("unable", "verdict"), [(True, "pass"), (False, "wrong_on_gpu")])
+def test_a_machine_that_cannot_time_fails_nobody(
+    unable: bool, verdict: str, elsewhere: Puzzle, monkeypatch: pytest.MonkeyPatch
+):
+    answer = {"ok": False, "detail": "no kernel was seen", "unable": unable}
+    monkeypatch.setattr(grading, "grade", lambda *args, **options: PASSED)
+    monkeypatch.setattr(Elsewhere, "race", lambda *args: answer)
+    found = grading.timed(elsewhere, "triton", "", PASSED)
+    assert found.verdict == verdict
+    assert (found.speed is not None and found.speed.state == "locked") == unable
 
 
 @pytest.mark.parametrize(
