@@ -99,6 +99,17 @@ def test_what_was_tried_is_current(monkeypatch: pytest.MonkeyPatch):
     assert (ROOT / "docs" / "tried.md").read_text() == tried.rendered(), "run `make docs`"
 
 
+def test_the_bytes_of_decoding_are_current(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import decoding
+
+    book = decoding.Decoding()
+    assert decoding.PAGE.read_text() == book.text(), "run `make docs`"
+    for model, picture in book.pictures.items():
+        # another version of matplotlib may draw the same in other strokes
+        assert f">{picture.words}</desc>" in decoding.file(model).read_text(), "run `make docs`"
+
+
 def test_the_masks_of_the_page_are_the_same_from_both_sides():
     page = (ROOT / "docs" / "flex-masks.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
