@@ -104,8 +104,9 @@ def diagnosis(
         return {"output": failed.output, "unfair": UNFAIR}
     y, r, m = (grid(x) for x in (outputs[at], case.truth[at], model[at]))
     wrong, allowed = wrong_elements(y, r, m, spec, family=case.problem.family, terms=terms)
-    if failed.reason == "probe":
-        wrong = y != grid(case.good[at])
+    # Rounding alone can move the smallest of elements far: the rounded truth is not wrong.
+    off = y != grid(case.good[at])
+    wrong = off if failed.reason == "probe" else wrong & off
     tiles = Tiles.of(configs, at, len(case.specs))
     fault, because = _resemblance(case, at, y, r, wrong, allowed, suspects)
     return {

@@ -1,6 +1,6 @@
 """All problems, in the order in which they are best learned."""
 
-from parity.problems import matmul, moe_gemm, rms_norm, softmax
+from parity.problems import hybrid_attention, matmul, moe_gemm, rms_norm, softmax
 from parity.spec import Problem
 
 PROBLEMS: tuple[Problem, ...] = (
@@ -8,6 +8,7 @@ PROBLEMS: tuple[Problem, ...] = (
     softmax.PROBLEM,
     rms_norm.PROBLEM,
     moe_gemm.PROBLEM,
+    hybrid_attention.PROBLEM,
 )
 
 
