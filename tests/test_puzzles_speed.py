@@ -386,8 +386,9 @@ def test_committed_tiers_rise_and_say_where_they_are_from(puzzle: Puzzle):
     found = json.loads((puzzle.folder / "speed.json").read_text())
     assert found["version"] == puzzle.version
     for row in found["devices"].values():
-        for backend in puzzle.backends:
-            tiers, measured = row["tiers"][backend], row["measured"]
+        assert row["tiers"] and {*row["tiers"]} <= {*puzzle.backends}
+        for backend, tiers in row["tiers"].items():
+            measured = row["measured"]
             assert 1.0 <= tiers[0] < tiers[1] < tiers[2] <= measured[backend]["low"]
             assert measured[f"slow_{backend}"]["low"] < tiers[-1]
         assert row["commit"] and row["when"] and row["versions"]["torch"] and row["how"]
