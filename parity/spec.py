@@ -16,7 +16,8 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 
-PASSES = ("fwd", "bwd", "dw", "plan")  # a problem has the first two, others as `further` says
+PASSES = ("fwd", "bwd", "dw", "plan", "blocks", "cols")
+# a problem has the first, most the second, others as `further` says
 
 NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
     {

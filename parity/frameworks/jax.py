@@ -70,6 +70,8 @@ def harness(x: Any) -> Any:
         return np.asarray(x)
     import torch
 
+    if x.dtype == jnp.float8_e4m3fn:  # DLPack's float8 is not exchanged by every version
+        return torch.from_dlpack(x.view(jnp.uint8)).view(torch.float8_e4m3fn)
     return torch.from_dlpack(x)
 
 

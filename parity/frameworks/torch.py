@@ -136,6 +136,8 @@ def harness(x: Any) -> Any:
     x = x.detach()
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if x.dtype == torch.float8_e4m3fn:
+        return x.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     return x.numpy()
 
 

@@ -1,0 +1,235 @@
+"""e4m3 with a scale for each 1 x 128, 128 x 1 or 128 x 128 elements.
+
+    scale[b] = max(max_b |x|, 1e-4) / 448                 over block b; ue8m0: up to a power of two
+    q[m, k] = e4m3(x[m, k] * (1 / scale[b]))              ties to even
+
+    rows    1 x 128    activations, along what a product sums over: scale [M, K / 128]
+    cols    128 x 1    the same for a product that sums over tokens: scale [M / 128, K]
+    blocks  128 x 128  weights: scale [ceil(N / 128), ceil(K / 128)]
+
+    for each tile, which holds whole blocks:
+        top = max |x| of each block; scale; its reciprocal
+        x is still in registers: codes
+
+A division for the scale, a reciprocal, a product, each rounded to float32, then the cast: those are
+DeepGEMM's operations, and codes agree bit for bit. Nothing exceeds 448 but what is infinite.
+
+Limits: from Ampere up; bfloat16 and float16.
+
+Twin: pallas_kernels/fp8_quantize.py.
+
+Sources: DeepSeek-V3 (arXiv:2412.19437), section 3.3, for the blocks; DeepGEMM for the roundings.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _lib
+
+DTYPES = (torch.bfloat16, torch.float16)
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and resources of the kernel; the result does not depend on them.
+
+    block_m: rows of a tile. block_n: its columns. Where 128 share a scale, 128 at least.
+    warps: warps of a program.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    warps: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise ValueError(f"{name}: expected a power of two, got {size}")
+
+
+def default_config(M: int, K: int, dtype: torch.dtype, which: str = "rows") -> Config:
+    """The Config for x [M, K] on a Hopper; which: "rows", "rows_transposed", "cols" or "blocks"."""
+    del M, dtype
+    if which == "rows":  # 16 KB of a row, 64 bytes for each thread: four loads in flight
+        block_n = min(8192, max(BLOCK, _lib.power_of_2(K)))
+        return Config(8192 // block_n, block_n, 8)
+    # 32 rows: their scales fill a line of 128 bytes, one below the other
+    return Config(32, 256, 8) if which == "rows_transposed" else Config(128, 128, 8)
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of |x| in float32: whole numbers order them alike, infinity and then NaN on top."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _e4m3(x, interpreting: tl.constexpr):
+    """x, float32 of at most 448, as e4m3 codes."""
+    if not interpreting:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    # The interpreter's cast does not round to nearest: in whole numbers. Below 2^-6 the code is in
+    # the low bits of a sum, above a carry of the rounded significand into the exponent is right.
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    moved = size - (120 << 23)
+    large = (moved + 0x7FFFF + ((moved >> 20) & 1)) >> 20
+    code = tl.where(size < (121 << 23), small, large) | ((bits >> 24) & 0x80)
+    return tl.where(size > 0x7F800000, 0x7F, code).to(tl.uint8)
+
+
+@triton.jit
+def _fp8_quantize_kernel(
+    x_ptr,  # [M, K]
+    q_ptr,  # [M, K] uint8
+    scale_ptr,  # [SM, SK] float32, of any strides
+    M, K, SM, SK, stride_xm, stride_sm, stride_sk, ue8m0: tl.constexpr,
+    share_m: tl.constexpr, share_n: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    interpreting: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    num_n = tl.cdiv(K, block_n)
+    mi, ni = tl.program_id(0) // num_n, tl.program_id(0) % num_n
+    m = (mi * block_m + tl.arange(0, block_m)[:, None]).to(tl.int64)
+    n = ni * block_n + tl.arange(0, block_n)[None, :]
+    inside = (m < M) & (n < K)
+
+    # --- 2. main loop
+    x = tl.load(x_ptr + m * stride_xm + n, mask=inside, other=0.0, eviction_policy="evict_first")
+    shape: tl.constexpr = (block_m // share_m, share_m, block_n // share_n, share_n)
+    x = tl.reshape(x, shape)
+    top = tl.max(tl.max(_magnitude(x), 3), 1)  # [block_m / share_m, block_n / share_n]
+
+    # --- 3. epilogue
+    top = tl.maximum(top, 0x38D1B717)  # the bits of 1e-4
+    scale = tl.div_rn(top.to(tl.float32, bitcast=True), 448.0)
+    if ue8m0:
+        bits = scale.to(tl.int32, bitcast=True)
+        power = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.where(bits < 0x7F800000, power, float("nan"))
+    sm = (mi * (block_m // share_m) + tl.arange(0, block_m // share_m)[:, None]).to(tl.int64)
+    sk = ni * (block_n // share_n) + tl.arange(0, block_n // share_n)[None, :]
+    at = sm * stride_sm + sk.to(tl.int64) * stride_sk
+    tl.store(scale_ptr + at, scale, mask=(sm < SM) & (sk < SK))
+
+    # --- 4. store
+    scaled = x.to(tl.float32) * tl.div_rn(1.0, scale)[:, None, :, None]
+    code = tl.reshape(_e4m3(scaled, interpreting), (block_m, block_n))
+    tl.store(q_ptr + m * K + n, code, mask=inside, eviction_policy="evict_first")
+
+
+_SHARES = {
+    "rows": (1, BLOCK),
+    "rows_transposed": (1, BLOCK),
+    "cols": (BLOCK, 1),
+    "blocks": (BLOCK, BLOCK),
+}
+
+
+def _scale_shape(M: int, K: int, which: str) -> tuple[int, int]:
+    """The shape of the scales; transposed, whole 16 bytes of them in a row."""
+    if which == "rows_transposed":
+        return K // BLOCK, _lib.cdiv(M, 4) * 4
+    share_m, share_n = _SHARES[which]
+    return _lib.cdiv(M, share_m), _lib.cdiv(K, share_n)
+
+
+def _fake(x, which, ue8m0, config):
+    scale = x.new_empty(_scale_shape(*x.shape, which), dtype=torch.float32)
+    return [x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale]
+
+
+@_lib.opaque("fp8_quantize", _fake)
+def _quantize(x: Tensor, which: str, ue8m0: bool, config: list[int] | None) -> list[Tensor]:
+    """[q, scale]."""
+    M, K = x.shape
+    q = x.new_empty(x.shape, dtype=torch.uint8)
+    scale = x.new_empty(_scale_shape(M, K, which), dtype=torch.float32)
+    if x.numel():
+        x = _lib.rows_adjacent(x)
+        by_row = scale.t() if which == "rows_transposed" else scale
+        with _lib.on_device(x):
+            _lib.check_gpu()
+            tiles = Config(*config) if config else default_config(M, K, x.dtype, which)
+            grid = _lib.cdiv(M, tiles.block_m) * _lib.cdiv(K, tiles.block_n)
+            _fp8_quantize_kernel[(grid,)](
+                x, q, by_row, M, K, *by_row.shape, x.stride(0), *by_row.stride(), ue8m0,
+                *_SHARES[which], tiles.block_m, tiles.block_n, _lib.INTERPRETING,
+                num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
+            )  # fmt: skip
+    return [q.view(torch.float8_e4m3fn), scale]
+
+
+def _checked(name: str, x: Tensor, which: str, ue8m0: bool, config: Config | None) -> None:
+    _lib.check_tensor(name, x, ("M", "K"), DTYPES)
+    _lib.check_static("ue8m0", ue8m0, (bool,))
+    _lib.check_config(config, Config)
+    shares = _SHARES[which]
+    if which != "blocks":
+        for letter, size, share in zip("MK", x.shape, shares, strict=True):
+            if size % share:
+                raise ValueError(f"{name}: expected {share} to divide {letter}, got {size}")
+    if config is not None:
+        # a row of transposed scales is filled up to a multiple of 4
+        least = (4 if which == "rows_transposed" else shares[0], shares[1])
+        for field, size in zip(("block_m", "block_n"), least, strict=True):
+            if getattr(config, field) < size:
+                raise ValueError(
+                    f"config: expected {field} >= {size}, got {getattr(config, field)}"
+                )
+
+
+def fp8_quantize_rows(
+    x: Tensor, *, ue8m0: bool = False, transposed: bool = False, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (float8_e4m3fn [M, K], scale float32 [M, K / 128]): 1 x 128; no gradient.
+
+    x: bfloat16 or float16; rows may have any pitch.
+    ue8m0: the scale is rounded up to a power of two.
+    transposed: the scale as [K / 128, ceil(M / 4) * 4], rows of whole 16 bytes as TMA wants them;
+        what is beyond M scales zeros.
+    config: tiles of this call.
+
+    All-zero blocks: scale 1e-4 / 448, codes 0. A NaN: scale NaN, codes 0x7F. An infinity: scale
+    infinity (NaN with ue8m0), code 0x7F for what is infinite and 0 or -0 for the rest.
+
+    Raises TypeError for dtypes; ValueError for shapes and devices that do not fit, 128 that does
+    not divide K, and a config whose tile is smaller than a block, naming the argument;
+    NotImplementedError on a GPU older than Ampere.
+    """
+    _lib.check_static("transposed", transposed, (bool,))
+    which = "rows_transposed" if transposed else "rows"
+    _checked("x", x, which, ue8m0, config)
+    q, scale = _quantize(x, which, ue8m0, _lib.fields(config))
+    return q, scale
+
+
+def fp8_quantize_blocks(
+    w: Tensor, *, ue8m0: bool = False, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """w [N, K] -> (float8_e4m3fn [N, K], scale float32 [ceil(N / 128), ceil(K / 128)]).
+
+    As fp8_quantize_rows, which see; for weights, whose last blocks may be ragged.
+    """
+    _checked("w", w, "blocks", ue8m0, config)
+    q, scale = _quantize(w, "blocks", ue8m0, _lib.fields(config))
+    return q, scale
+
+
+def fp8_quantize_cols(
+    x: Tensor, *, ue8m0: bool = False, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> (float8_e4m3fn [M, K], scale float32 [M / 128, K]): 128 x 1, along tokens.
+
+    As fp8_quantize_rows, which see; here 128 must divide M.
+    """
+    _checked("x", x, "cols", ue8m0, config)
+    q, scale = _quantize(x, "cols", ue8m0, _lib.fields(config))
+    return q, scale
