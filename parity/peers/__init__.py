@@ -306,30 +306,36 @@ def cublas_dense(which: str, inputs: Arrays, cotangents: Arrays, options: Option
 
 def jax_ragged_dot(which: str, inputs: Arrays, cotangents: Arrays, options: Options) -> Call | None:
     """jax.lax.ragged_dot under jit, and its own gradients."""
-    import jax
     import jax.numpy as jnp
 
     if {"rows", "bias", "row_scale"} & inputs.keys() or options.get("activation"):
         return None
     x, w, sizes = _jax(inputs, "x", "w", "sizes")
     (dy,) = _jax(cotangents, "dy")
-    end = int(sizes.sum())
-
-    def product(x: Any, w: Any) -> tuple[Any]:
-        w = w.swapaxes(1, 2) if options.get("transpose_w") else w
-        return (jax.lax.ragged_dot(x, w, sizes, preferred_element_type=options.get("out_dtype")),)
-
+    transposed, out_dtype = options.get("transpose_w", False), options.get("out_dtype")
+    fwd, of_both, of_w = _ragged_passes(transposed, out_dtype)
     if which == "fwd":
-        return functools.partial(jax.jit(product), x, w)
-    if end < x.shape[0]:  # its gradients read dead rows
+        return functools.partial(fwd, x, w, sizes)
+    if (end := int(sizes.sum())) < x.shape[0]:  # its gradients read dead rows
         x, dy = x.at[end:].set(0), dy.at[end:].set(0)
     if which == "bwd":
-        return _jax_backward(product, [x, w], [dy])
-    dw = _jax_backward(lambda w: product(x, w), [w], [dy])
-    out_dtype = jnp.dtype(options.get("out_dtype", x.dtype))
-    if options.get("transpose_w") or out_dtype != x.dtype:
+        return _pulled(of_both, [x, w], [dy], [sizes])
+    if transposed or jnp.dtype(out_dtype or x.dtype) != x.dtype:
         return None
-    return dw
+    return _pulled(of_w, [w], [dy], [x, sizes])
+
+
+@functools.cache  # one compilation for all routings
+def _ragged_passes(transposed: bool, out_dtype: str | None) -> tuple[Callable, tuple, tuple]:
+    """The product under jit, and what its gradients need: of x and w, of w alone."""
+    import jax
+
+    def product(x: Any, w: Any, sizes: Any) -> tuple[Any]:
+        w = w.swapaxes(1, 2) if transposed else w
+        return (jax.lax.ragged_dot(x, w, sizes, preferred_element_type=out_dtype),)
+
+    of_w = _jax_passes(lambda w, x, sizes: product(x, w, sizes))
+    return jax.jit(product), _jax_passes(product), of_w
 
 
 def jax_mosaic_ragged_dot(
@@ -342,23 +348,11 @@ def jax_mosaic_ragged_dot(
     if frameworks.interpreted() or options or {"rows", "bias", "row_scale"} & inputs.keys():
         return None
     try:
-        from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu as rows_example
-        from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu as weights_example
+        _mosaic_rows()
     except ImportError:
         return None
-    import jax
-
     x, w, sizes = _jax(inputs, "x", "w", "sizes")
     (dy,) = _jax(cotangents, "dy")
-
-    def grouped(transposed: bool, **tiles: int) -> Callable[..., Any]:
-        call = functools.partial(rows_example.ragged_dot, transpose_rhs=transposed, **tiles)
-        return jax.jit(lambda x, w, sizes: call(x, w, group_sizes=sizes))
-
-    def weights(**tiles: int) -> Callable[..., Any]:
-        call = functools.partial(weights_example.transposed_ragged_dot, **tiles)
-        return jax.jit(lambda x, dy, sizes: call(x, dy, group_sizes=sizes))
-
     common = {"block_k": 64, "max_concurrent_steps": 4}
     settings = [
         common | {"block_m": m, "block_n": n, "grid_block_n": g}
@@ -369,13 +363,29 @@ def jax_mosaic_ragged_dot(
         return _quickest([(s, lambda s=s: functools.partial(make(**s), *args)) for s in settings])
 
     if which == "fwd":
-        return best(functools.partial(grouped, False), x, w, sizes)
-    dw = best(weights, x, dy, sizes)
+        return best(_mosaic_rows, x, w, sizes)
+    dw = best(_mosaic_weights, x, dy, sizes)
     if which == "dw":
         return dw
-    dx = best(functools.partial(grouped, True), dy, w, sizes)
+    dx = best(functools.partial(_mosaic_rows, transpose_rhs=True), dy, w, sizes)
     parts = {"dx": dx.config, "dw": dw.config}  # type: ignore[attr-defined]
     return _with_config(lambda: (dx(), dw()), parts)
+
+
+@functools.cache  # one compilation for all routings
+def _mosaic_rows(**setting: Any) -> Callable[..., Any]:
+    import jax
+    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
+
+    return jax.jit(lambda x, w, sizes: ragged_dot(x, w, group_sizes=sizes, **setting))
+
+
+@functools.cache
+def _mosaic_weights(**setting: Any) -> Callable[..., Any]:
+    import jax
+    from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
+
+    return jax.jit(lambda x, dy, sizes: transposed_ragged_dot(x, dy, group_sizes=sizes, **setting))
 
 
 # the forms
@@ -435,12 +445,26 @@ def _compiled_form(which: str, fn: Callable, args: list, wanted: list, cotangent
 
 def _jax_backward(fn: Callable, wanted: list, cotangents: list) -> Call:
     """Only the backward of fn: what its forward keeps is computed here, once."""
+    return _pulled(_jax_passes(fn), wanted, cotangents)
+
+
+def _jax_passes(fn: Callable) -> tuple[Callable, Callable]:
+    """(forward of `wanted` and constants: outputs and pull; backward of pull and cotangents)."""
     import jax
 
-    outs, pull = jax.jit(lambda *xs: jax.vjp(fn, *xs))(*wanted)
+    def forward(wanted: list, constants: Sequence[Any]) -> Any:
+        return jax.vjp(lambda *xs: fn(*xs, *constants), *wanted)
+
+    return jax.jit(forward), jax.jit(lambda pull, dys: pull(dys))
+
+
+def _pulled(
+    passes: tuple[Callable, Callable], wanted: list, cotangents: list, constants: Sequence[Any] = ()
+) -> Call:
+    forward, backward = passes
+    outs, pull = forward(wanted, constants)
     del outs
-    dys = tuple(dy for dy in cotangents if dy is not None)
-    return functools.partial(jax.jit(lambda pull, dys: pull(dys)), pull, dys)
+    return functools.partial(backward, pull, tuple(dy for dy in cotangents if dy is not None))
 
 
 def _with_config(call: Call, config: Mapping[str, Any]) -> Call:
