@@ -34,13 +34,14 @@ def _w4_kernel(
         zero = tl.load(zero_ptr + g * N + n, mask=n < N, other=0)
         # BEGIN SOLUTION
         # 1. Both nibbles of each byte in turn: the codes, [block_n, 128].
-        # 2. As float16, minus the zero point, times the scale.
-        # 3. Add that times the transpose of x to acc.
+        # 2. As float16, minus the zero point: exact.
+        # 3. Multiply that by the transpose of x. A row of the product is a row's sum over the
+        #    group: times its scale, in float32, it belongs to acc.
         code = tl.interleave(byte & 15, byte >> 4).to(tl.int16)
         code = (code | 0x6400).to(tl.float16, bitcast=True)  # 1024 + code
         zero = (zero.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
-        w = (code - zero[:, None]) * scale[:, None]
-        acc = tl.dot(w, tl.trans(x), acc)
+        part = tl.dot(code - zero[:, None], tl.trans(x))
+        acc += part * scale.to(tl.float32)[:, None]
         # END SOLUTION
     at = m[None, :] * N + n[:, None]
     tl.store(y_ptr + at, acc.to(tl.float16), mask=(m[None, :] < M) & (n[:, None] < N))
