@@ -73,7 +73,7 @@ class Config:
     block_m: rows of the tile that a block of threads owns: queries, or keys for dk and dv. 128; or
         64 in the backward, where the warpgroups then share the rows and part the columns.
     block_n: rows of a slot of what it walks over.
-    stages: slots of each ring.
+    stages: slots of each ring; the forward needs 2.
     """
 
     block_m: int = 128
@@ -328,6 +328,8 @@ def _forward(
     config = config or default_config(T, Hq, k.shape[1], D, q.dtype)
     if config.block_m != ORDERED:
         raise ValueError(f"block_m: expected {ORDERED}, got {config.block_m}")
+    if config.stages < 2:  # v of one tile is held while k and v of the next are waited for
+        raise ValueError(f"stages: expected at least 2, got {config.stages}")
     block_n, stages = config.block_n, config.stages
     tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=_lib.swizzled(q.dtype, D))
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
