@@ -1,0 +1,242 @@
+"""What the scans share: parts of a tile side by side, chunks of time, the sequences in a chunk.
+
+A tile is `block_t` tokens in 4 parts, one for each warp; a row of it, [4, block_c], holds one token
+of each part: loaded side by side, scanned row by row. Backwards, tiles, rows, parts and sequences
+come in the opposite order.
+
+Twin: triton_kernels/linear_scan_walk.py.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import _lib
+
+PARTS = 4  # of a tile: one for each warp of a warpgroup
+
+
+def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[int, int]:
+    """(block_c, chunks) for T tokens in B sequences of W channels: the widest tiles that fill a GPU
+    with at most `most` blocks, in chunks that cut no sequence where all are alike.
+
+    A chunk that ends within a sequence has the rest of that chunk read twice.
+    """
+    block_c, blocks, chunks = widths[0], 0, 1
+    for block_c in widths:
+        blocks = _lib.cdiv(W, block_c)
+        fit = (d for d in range(1, B + 1) if B % d == 0 and d * blocks <= most)
+        chunks = max(fit, default=1)
+        if chunks * blocks >= 120:
+            break
+    else:
+        chunks = max(1, 132 // blocks)
+    return block_c, min(chunks, _lib.cdiv(T, 512))
+
+
+def widths(dtype: Any, which: str) -> tuple[int, ...]:
+    """Channels that a tile may have, the widest first: whole rows of 128 bytes for a backward."""
+    return (128, 64, 32) if which == "fwd" or _lib.bits(dtype) == 32 else (128, 64)
+
+
+def slots(elements: int, dtype: Any) -> int:
+    """Slots for tiles of so many elements in all arrays: of 2 blocks on each multiprocessor."""
+    return min(6, max(2, 98304 * 8 // (elements * _lib.bits(dtype))))
+
+
+def launch_sizes(T: int, W: int, config: Any) -> tuple[int, tuple[int, int]]:
+    """Tokens of a chunk, a multiple of the tile's, and the grid."""
+    chunk = _lib.cdiv(_lib.cdiv(T, config.chunks), config.block_t) * config.block_t
+    return chunk, (_lib.cdiv(T, chunk), _lib.cdiv(W, config.block_c))
+
+
+def check_sequences(cu_seqlens: Any, W: int, **states: Any) -> None:
+    """Raises unless cu_seqlens and the states given fit W channels."""
+    _lib.check_array("cu_seqlens", cu_seqlens, ("B + 1",), (jnp.int32,))
+    if len(cu_seqlens) == 0:
+        raise ValueError("cu_seqlens: expected shape [B + 1], got [0]")
+    for name, state in states.items():
+        if state is not None:
+            _lib.check_array(name, state, (len(cu_seqlens) - 1, W), (jnp.float32,))
+
+
+def check_backward(config: Any, dtype: Any) -> None:
+    """Raises unless TMA, which writes to multiples of 128 bytes, can place a tile a row later."""
+    least = widths(dtype, "bwd")[-1]
+    if config.block_c < least:
+        raise ValueError(f"block_c: expected at least {least} in a backward, got {config.block_c}")
+
+
+def row_layout(block_c: int) -> Any:
+    """Of a row [PARTS, block_c]: a warp for each part, adjacent channels in a lane."""
+    tiling = plgpu.Tiling(((PARTS, block_c), (block_c // 32,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def spread(v: jax.Array, layout: Any) -> jax.Array:
+    """The same channels [block_c] for each part."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(v, (PARTS, *v.shape), (1,)), layout)
+
+
+def load_channels(x_gmem: Any, layout: Any) -> jax.Array:
+    """Channels of a state or a map, the same in each warp. [block_c]"""
+    return plgpu.load(x_gmem, layout=layout.reduce(0), optimized=False)
+
+
+def first_sequence(cu_gmem: Any, t: Any, B: int, reverse: bool) -> Any:
+    """The sequence with which a scan goes on or begins at the bound t between two tokens, the first
+    it meets of those that begin there."""
+
+    def narrow(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+        low, high = bounds
+        mid = jnp.minimum(lax.div(low + high, 2), B)
+        beyond = cu_gmem[mid] > t if reverse else cu_gmem[mid] >= t
+        return jnp.where(beyond, low, mid + 1), jnp.where(beyond, mid, high)
+
+    # forwards the first bound >= t; backwards the first > t, or B + 1
+    most = B + reverse
+    bounds = (jnp.int32(0), jnp.int32(most))
+    found = jnp.minimum(lax.fori_loop(0, (most + 1).bit_length(), narrow, bounds)[0], most)
+    at = jnp.maximum(found - reverse, 0)
+    inside = cu_gmem[at] != t
+    s = at - jnp.where(inside, 0, 1) if reverse else at - jnp.where(inside, 1, 0)
+    return jnp.clip(s, 0, B - 1)
+
+
+def carried(
+    carry_gmem: Any, channel: Any, state: Any, begin: Any, stop: Any, ci: Any, chunk: int,
+    layout: Any, reverse: bool,
+) -> Any:  # fmt: skip
+    """`state`, or if the sequence begins before chunk ci, what the chunks from there on leave.
+
+    carry: [chunks, 2, W], of each chunk the map of its last sequence.
+    """
+    if carry_gmem is None:
+        return state
+    origin = lax.div(stop - 1, chunk) if reverse else lax.div(begin, chunk)
+
+    def compose(i: Any, state: Any) -> Any:
+        j = origin - i if reverse else origin + i
+        a, b = (load_channels(carry_gmem.at[j, m, channel], layout) for m in range(2))
+        return jnp.where(i == 0, b, a * state + b)  # what came before the sequence may be NaN
+
+    return lax.fori_loop(0, origin - ci if reverse else ci - origin, compose, state)
+
+
+def across(
+    maps_smem: Any, turn: Any, a: Any, b: Any, state: Any, layout: Any, reverse: bool
+) -> tuple[Any, Any, Any]:
+    """From the maps of the parts [PARTS, block_c]: the state before each [PARTS, block_c], the one
+    after the last, and the product of all a. [block_c]"""
+    maps_smem[turn, 0] = a
+    maps_smem[turn, 1] = b
+    plgpu.commit_smem()  # a barrier, too: with two buffers one is enough
+    part = plgpu.broadcasted_iota(jnp.int32, a.shape, 0, layout=layout)
+    before, product = spread(state, layout), None
+    for p in range(PARTS)[:: -1 if reverse else 1]:
+        a_part, b_part = (load_channels(maps_smem.at[turn, i, p], layout) for i in range(2))
+        state = a_part * state + b_part
+        product = a_part if product is None else product * a_part
+        before = jnp.where(part < p if reverse else part > p, spread(state, layout), before)
+    return before, state, product
+
+
+def row_of(smem: Any, slot: Any, r: int) -> Any:
+    """Row r of a tile, as a reference. [PARTS, block_c]"""
+    _, block_t, block_c = smem.shape
+    return smem.at[slot].reshape(PARTS, block_t // PARTS, block_c).at[:, r]
+
+
+def load_row(smem: Any, slot: Any, r: int, layout: Any) -> jax.Array:
+    row = plgpu.load(row_of(smem, slot, r), layout=layout, optimized=False)
+    return row.astype(jnp.float32)
+
+
+def loader(
+    copies: Sequence[tuple[Any, Any]],
+    full: Any,
+    channel: Any,
+    trips: Any,
+    place: Callable[[Any], Any],
+    shifted: int = -1,
+) -> Callable[[Any], None]:
+    """What loads a tile into slots [stages, block_t, block_c] that go round; the first ones are on
+    their way. place(q): the first token of tile q. copies[shifted] lies one token earlier."""
+    stages, block_t, _ = copies[0][1].shape
+
+    def load(q: Any) -> None:
+        @pl.when(q < trips)
+        def _():
+            slot = lax.rem(q, stages)
+            t = place(q)
+            for i, (gmem, smem) in enumerate(copies):
+                if i != shifted:
+                    source = gmem.at[pl.ds(t, block_t), channel]
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                    continue
+
+                @pl.when(t > 0)
+                def _(gmem=gmem, smem=smem):
+                    source = gmem.at[pl.ds(t - 1, block_t), channel]
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+
+                # nothing is before the first token, whose row nobody reads
+                @pl.when(t == 0)
+                def _(gmem=gmem, smem=smem):
+                    source = gmem.at[pl.ds(0, block_t - 1), channel]
+                    rest = smem.at[slot, pl.ds(1, block_t - 1)]
+                    plgpu.copy_gmem_to_smem(source, rest, full.at[slot])
+
+    @pl.loop(0, stages - 1)
+    def _(q):
+        load(q)
+
+    return load
+
+
+def store_tile(copies: Sequence[tuple[Any, Any]], slot: Any, t0: Any, channel: Any) -> None:
+    """Starts the stores of a slot; beyond the array nothing is stored."""
+    plgpu.commit_smem()
+    for smem, gmem in copies:
+        target = gmem.at[pl.ds(t0, smem.shape[1]), channel]
+        plgpu.copy_smem_to_gmem(smem.at[slot], target, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def padded(block_t: int, block_c: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [T, W] as TMA takes them: rows of at least a block, at multiples of 16 bytes.
+
+    Of one block of channels TMA copies no tiles but runs of memory, which do not end where the
+    array ends: then whole tiles.
+    """
+    W = arrays[0].shape[1]
+    columns = block_c if W <= block_c else 128 // _lib.bits(arrays[0].dtype)
+    rows = block_t if W <= block_c else 1
+    return tuple(_lib.pad(x, rows, columns) for x in arrays)
+
+
+def launch(
+    kernel: Any, name: str, rows: tuple[Any, ...], small: tuple[Any, ...], out_type: Any,
+    grid: tuple[int, int], config: Any, **static: Any,
+) -> Any:  # fmt: skip
+    """Runs a kernel over tiles of the arrays in rows; small: what it reads directly."""
+    slot = (config.stages, config.block_t, config.block_c)
+    return plgpu.kernel(
+        functools.partial(kernel, config=config, **static),
+        out_type=out_type,
+        scratch_types=[
+            *(plgpu.SMEM(slot, x.dtype) for x in rows),
+            plgpu.SMEM((2, 2, PARTS, config.block_c), jnp.float32),
+            plgpu.Barrier(num_arrivals=len(rows), num_barriers=config.stages),
+        ],
+        grid=grid,
+        grid_names=("chunks", "channels"),
+        compiler_params=_lib.ROW_PARAMS,
+        kernel_name=name,
+    )(*rows, *small)

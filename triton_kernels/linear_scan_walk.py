@@ -1,0 +1,148 @@
+"""What the scans share: parts of a tile side by side, chunks of time, the sequences in a chunk.
+
+A step k of a scan is a token: t = k forwards, t = T - 1 - k against time; sequences are counted in
+the order in which a scan meets them. A tile is `block_t` steps in `parts` parts, and a row of it,
+[parts, block_c], holds one step of each part: loaded side by side, scanned row by row.
+
+Twin: pallas_kernels/linear_scan_walk.py.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _lib
+
+
+def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[int, int]:
+    """(block_c, chunks) for T tokens in B sequences of W channels: the widest tiles that fill a GPU
+    with at most `most` programs, in chunks that cut no sequence where all are alike.
+
+    A chunk that ends within a sequence has the rest of that chunk read twice.
+    """
+    block_c, blocks, chunks = widths[0], 0, 1
+    for block_c in widths:
+        blocks = _lib.cdiv(W, block_c)
+        fit = (d for d in range(1, B + 1) if B % d == 0 and d * blocks <= most)
+        chunks = max(fit, default=1)
+        if chunks * blocks >= 120:
+            break
+    else:
+        chunks = max(1, 132 // blocks)
+    return block_c, min(chunks, _lib.cdiv(T, 512))
+
+
+def launch_sizes(T: int, W: int, tiles: Any) -> tuple[int, tuple[int, int]]:
+    """Steps of a chunk, a multiple of the tile's, and the grid."""
+    chunk = _lib.cdiv(_lib.cdiv(T, tiles.chunks), tiles.block_t) * tiles.block_t
+    return chunk, (_lib.cdiv(W, tiles.block_c), _lib.cdiv(T, chunk))
+
+
+def check_sequences(cu_seqlens: Tensor, W: int, **states: Tensor | None) -> None:
+    """Raises unless cu_seqlens and the states given fit W channels."""
+    _lib.check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32,))
+    if len(cu_seqlens) == 0:
+        raise ValueError("cu_seqlens: expected shape [B + 1], got [0]")
+    for name, state in states.items():
+        if state is not None:
+            _lib.check_tensor(name, state, (len(cu_seqlens) - 1, W), (torch.float32,))
+
+
+@triton.jit
+def compose(a1, b1, a2, b2):
+    """The map h -> a h + b that is map 1, then map 2."""
+    return a1 * a2, a2 * b1 + b2
+
+
+@triton.jit
+def bound(cu_ptr, s, T, B, reverse: tl.constexpr):
+    """The step at which the sequence with number s begins."""
+    return T - tl.load(cu_ptr + B - s) if reverse else tl.load(cu_ptr + s)
+
+
+@triton.jit
+def first_sequence(cu_ptr, k0, T, B, reverse: tl.constexpr):
+    """The sequence with which step k0 goes on or begins, the first of those that begin there."""
+    low, high = 0, B
+    while low < high:
+        mid = (low + high) // 2
+        if bound(cu_ptr, mid, T, B, reverse) < k0:
+            low = mid + 1
+        else:
+            high = mid
+    return tl.where(bound(cu_ptr, low, T, B, reverse) > k0, tl.maximum(low - 1, 0), low)
+
+
+@triton.jit
+def state_row(state_ptr, s, c, W, B, reverse: tl.constexpr):
+    """Where the state of a sequence lies. [block_c]"""
+    row = B - 1 - s if reverse else s
+    return state_ptr + row.to(tl.int64) * W + c
+
+
+@triton.jit
+def initial(state_ptr, s, c, W, B, reverse: tl.constexpr):
+    """The state that enters a sequence; zero where none is given."""
+    h = tl.zeros(c.shape, tl.float32)
+    if state_ptr is not None:
+        h = tl.load(state_row(state_ptr, s, c, W, B, reverse), (c < W) & (s < B), 0.0)
+    return h
+
+
+@triton.jit
+def carried(carry_ptr, begin, chunk, ci, c, W):
+    """The state that the chunks before chunk ci leave, from the one on where its sequence begins.
+
+    carry: [chunks, 2, W], of each chunk the map of its last sequence.
+    """
+    first = begin // chunk
+    h = tl.zeros(c.shape, tl.float32)
+    carry = carry_ptr + 2 * first.to(tl.int64) * W + c
+    for j in tl.range(first, ci):
+        a, b = tl.load(carry, c < W, 0.0), tl.load(carry + W, c < W, 0.0)
+        h = tl.where(j == first, b, a * h + b)  # what came before the sequence may be NaN
+        carry += 2 * W
+    return h
+
+
+@triton.jit
+def step_of(k0, r: tl.constexpr, parts: tl.constexpr, rows: tl.constexpr):
+    """The steps in row r of the tile that begins at k0. [parts, 1]"""
+    return k0 + tl.arange(0, parts)[:, None] * rows + r
+
+
+@triton.jit
+def row_ptr(x_ptr, stride, k, c, T, reverse: tl.constexpr, shift: tl.constexpr = 0):
+    t = (T - 1 - k if reverse else k) + shift
+    return x_ptr + t.to(tl.int64) * stride + c[None, :]
+
+
+@triton.jit
+def load_rows(
+    x_ptr, stride, k0, end, c, W, T,
+    parts: tl.constexpr, rows: tl.constexpr, reverse: tl.constexpr, shift: tl.constexpr = 0,
+):  # fmt: skip
+    """The rows of a tile as they are stored; zeros from step `end` on and before the array."""
+    found = ()
+    for r in tl.static_range(rows):
+        k = step_of(k0, r, parts, rows)
+        exist = (k < end) & (c < W)[None, :]
+        if shift != 0:
+            exist = exist & (k < T + shift)
+        x = tl.load(row_ptr(x_ptr, stride, k, c, T, reverse, shift), exist, 0.0)
+        found = found + (x,)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def across(a, b, h):
+    """From the maps of the parts [parts, block_c]: the state before each, and after the last."""
+    part = tl.arange(0, a.shape[0])[:, None]
+    b = tl.where(part == 0, a * h[None, :] + b, b)
+    _, b = tl.associative_scan((a, b), 0, compose)
+    before = tl.gather(b, tl.broadcast_to(tl.maximum(part - 1, 0), b.shape), 0)
+    last = tl.sum(tl.where(part == a.shape[0] - 1, b, 0.0), 0)
+    return tl.where(part == 0, h[None, :], before), last

@@ -1,0 +1,562 @@
+"""Real-gated linear recurrent unit over packed sequences: gates and recurrence in one pass.
+
+    r = sigmoid(r_pre)    i = sigmoid(i_pre)    log a = -c * r * softplus(lam)
+    h[t] = a[t] * h[t-1] + m[t] * i[t] * x[t]    m = sqrt(1 - a^2)    h_T[s]: h after the last token
+    A sequence begins with h0[s]; without h0 its first token enters as it is: a = 0 and m = 1.
+
+    for each chunk of time that a sequence leaves unfinished: its map h -> A h + B
+    for each tile of the channels and the chunk of this program, the next one being loaded:
+        a and m * i * x, row by row; then as linear_scan does with its a and b
+
+    Backward, against time, with v = a[t+1] * u[t+1]:
+        r and a, row by row; u = v + dh by the maps v -> a v + a dh
+        dm = u * i * x; dlog a = u * h[t-1] * a - dm * a^2 / max(m, 5e-4)
+        dx, dr_pre, di_pre; sums of r * dlog a, for dlam, in registers
+    each program's sums to a workspace [chunks, W]; a second kernel adds those in a fixed order
+
+m comes from 1 - exp(-y) for y = -2 log a, by its series where y is small: 1 - a^2 would cancel.
+
+Limits: from Ampere up; bfloat16, float16, float32; lam, states and dlam in float32.
+
+Twin: pallas_kernels/rglru.py.
+
+Sources: Griffin (arXiv:2402.19427); its public code for the first token and for the bound on the
+derivative of the root.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _lib
+from . import linear_scan as _scan
+from .linear_scan_walk import (
+    across,
+    bound,
+    carried,
+    check_sequences,
+    first_sequence,
+    initial,
+    launch_sizes,
+    load_rows,
+    row_ptr,
+    state_row,
+    step_of,
+)
+
+DTYPES = _scan.DTYPES
+
+
+@dataclass(frozen=True)
+class Config(_scan.Config):
+    """As linear_scan's."""
+
+
+def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd") -> Config:
+    """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
+    config = _scan.default_config(T, W, B, dtype)
+    # a row of a backward takes more registers
+    block_t = config.block_t if which == "fwd" else config.block_t // 2
+    return Config(block_t, config.block_c, config.chunks, config.warps, config.programs)
+
+
+@triton.jit
+def _sigmoid(x):
+    s = tl.rsqrt(1.0 + tl.exp(-x))  # a division would take longer
+    return s * s
+
+
+@triton.jit
+def _rate(lam_ptr, c, W, factor):
+    """factor * softplus(lam), as precise for lam far below 0, where models have it. [block_c]"""
+    lam = tl.load(lam_ptr + c, c < W, 0.0)
+    z = tl.exp(-tl.abs(lam))
+    w = z / (2.0 + z)  # log(1 + z) = 2 atanh(w)
+    w2 = w * w
+    series = 1.0 / 9 + w2 * (1.0 / 11 + w2 * (1.0 / 13 + w2 * (1.0 / 15)))
+    series = 1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * series)))
+    return factor * (tl.maximum(lam, 0.0) + 2.0 * w * series)
+
+
+@triton.jit
+def _decay(r_pre, rate, fresh):
+    """(r, a, 1 - a^2); fresh: the token enters as it is."""
+    r = _sigmoid(r_pre.to(tl.float32))
+    y = rate[None, :] * r
+    a = tl.exp(-y)
+    y *= 2.0
+    series = 1.0 - y * (0.25) * (1.0 - y * 0.2 * (1.0 - y * (1.0 / 6)))
+    series = y * (1.0 - y * 0.5 * (1.0 - y * (1.0 / 3) * series))
+    square = tl.where(y < 0.25, series, 1.0 - a * a)
+    return r, tl.where(fresh, 0.0, a), tl.where(fresh, 1.0, square)
+
+
+@triton.jit
+def _map(x, r_pre, i_pre, rate, fresh):
+    """a and b of a row."""
+    _, a, square = _decay(r_pre, rate, fresh)
+    m = square * tl.rsqrt(tl.maximum(square, 1e-37))
+    return a, m * _sigmoid(i_pre.to(tl.float32)) * x.to(tl.float32)
+
+
+@triton.jit
+def _rglru_carry_kernel(
+    x_ptr,  # [T, W], dh in a backward
+    r_ptr,  # [T, W]
+    i_ptr,  # [T, W]
+    lam_ptr,  # [W] float32
+    cu_ptr,  # [B + 1] int32
+    h0_ptr,  # [B, W] float32 or None: the states that enter
+    carry_ptr,  # [chunks, 2, W] float32
+    T, W, B, chunk, stride_x, stride_r, stride_i, factor,
+    block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
+    fresh: tl.constexpr, reverse: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = block_t // rows
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    ci = tl.program_id(1)
+    end = (ci + 1) * chunk
+    s = first_sequence(cu_ptr, end, T, B, reverse)
+    begin = bound(cu_ptr, s, T, B, reverse)
+    if (end < T) & (begin < end):  # a sequence goes on in the next chunk
+        rate = _rate(lam_ptr, c, W, factor)
+        first = tl.maximum(begin, ci * chunk)
+        last = bound(cu_ptr, s + 1, T, B, reverse) - 1
+        a_all = tl.full((block_c,), 1.0, tl.float32)
+        h = initial(h0_ptr, s, c, W, B, reverse)
+        h = tl.where(begin >= ci * chunk, h, 0.0)
+        # --- 2. main loop
+        for k0 in tl.range(first, end, block_t):
+            x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, reverse)
+            r_tile = load_rows(r_ptr, stride_r, k0, end, c, W, T, parts, rows, reverse)
+            i_tile = r_tile
+            if not reverse:
+                i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, reverse)
+            a_part = tl.full((parts, block_c), 1.0, tl.float32)
+            b_part = tl.zeros((parts, block_c), tl.float32)
+            for r in tl.static_range(rows):
+                k = step_of(k0, r, parts, rows)
+                inside = k < end
+                if reverse:
+                    _, a, _ = _decay(r_tile[r], rate, fresh & (k == last))
+                    a = tl.where(inside, a, 1.0)
+                    dh = tl.where(inside, x_tile[r].to(tl.float32), 0.0)
+                    b_part = a * (b_part + dh)
+                else:
+                    a, b = _map(x_tile[r], r_tile[r], i_tile[r], rate, fresh & (k == begin))
+                    a = tl.where(inside, a, 1.0)
+                    b_part = a * b_part + tl.where(inside, b, 0.0)
+                a_part *= a
+            _, h = across(a_part, b_part, h)
+            _, a_all = across(a_part, tl.zeros((parts, block_c), tl.float32), a_all)
+        # --- 3. epilogue
+        carry = carry_ptr + 2 * ci.to(tl.int64) * W + c
+        # --- 4. store
+        tl.store(carry, a_all, c < W)
+        tl.store(carry + W, h, c < W)
+
+
+@triton.jit
+def _rglru_fwd_kernel(
+    x_ptr,  # [T, W]
+    r_ptr,  # [T, W]
+    i_ptr,  # [T, W]
+    lam_ptr,  # [W] float32
+    cu_ptr,  # [B + 1] int32
+    h0_ptr,  # [B, W] float32 or None
+    carry_ptr,  # [chunks, 2, W] float32
+    h_ptr,  # [T, W]
+    h_T_ptr,  # [B, W] float32
+    T, W, B, chunk, stride_x, stride_r, stride_i, factor,
+    block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = block_t // rows
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    ci = tl.program_id(1)
+    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
+    s = first_sequence(cu_ptr, first, T, B, False)
+    begin, stop = bound(cu_ptr, s, T, B, False), bound(cu_ptr, s + 1, T, B, False)
+    if begin < first:
+        h = carried(carry_ptr, begin, chunk, ci, c, W)
+    else:
+        h = initial(h0_ptr, s, c, W, B, False)
+    rate = _rate(lam_ptr, c, W, factor)
+
+    # --- 2. main loop
+    k0 = first
+    x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, False)
+    r_tile = load_rows(r_ptr, stride_r, k0, end, c, W, T, parts, rows, False)
+    i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, False)
+    while (k0 < end) & (s < B):
+        k1 = tl.minimum(k0 + block_t, end)
+        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
+        done = stop <= k1
+        stays = (
+            done & (s + 1 < B) & ((stop < k1) | (k1 == T))
+        )  # the next one has a part in the tile
+        k_next = tl.where(stays, k0, k1)
+        x_next = load_rows(x_ptr, stride_x, k_next, end, c, W, T, parts, rows, False)
+        r_next = load_rows(r_ptr, stride_r, k_next, end, c, W, T, parts, rows, False)
+        i_next = load_rows(i_ptr, stride_i, k_next, end, c, W, T, parts, rows, False)
+        a_rows, b_rows = (), ()
+        a_part = tl.full((parts, block_c), 1.0, tl.float32)
+        b_part = tl.zeros((parts, block_c), tl.float32)
+        for r in tl.static_range(rows):
+            k = step_of(k0, r, parts, rows)
+            inside = (k >= low) & (k < high)
+            fresh = (k == begin) & (h0_ptr is None)
+            a, b = _map(x_tile[r], r_tile[r], i_tile[r], rate, fresh)
+            a, b = tl.where(inside, a, 1.0), tl.where(inside, b, 0.0)
+            a_rows, b_rows = a_rows + (a,), b_rows + (b,)  # noqa: RUF005
+            a_part, b_part = a_part * a, a * b_part + b
+        # --- 3. epilogue
+        h_row, h = across(a_part, b_part, h)
+        # --- 4. store
+        for r in tl.static_range(rows):
+            k = step_of(k0, r, parts, rows)
+            inside = (k >= low) & (k < high)
+            h_row = a_rows[r] * h_row + b_rows[r]
+            h_tile = h_row.to(h_ptr.dtype.element_ty)
+            tl.store(row_ptr(h_ptr, W, k, c, T, False), h_tile, inside & (c < W)[None, :])
+        if done:
+            tl.store(state_row(h_T_ptr, s, c, W, B, False), h, c < W)
+            s += 1
+            h = initial(h0_ptr, s, c, W, B, False)
+            begin = stop
+            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, False)
+        k0, x_tile, r_tile, i_tile = k_next, x_next, r_next, i_next
+
+
+@triton.jit
+def _rglru_bwd_kernel(
+    x_ptr,  # [T, W]
+    r_ptr,  # [T, W]
+    i_ptr,  # [T, W]
+    lam_ptr,  # [W] float32
+    h_ptr,  # [T, W]
+    cu_ptr,  # [B + 1] int32
+    h0_ptr,  # [B, W] float32 or None
+    carry_ptr,  # [chunks, 2, W] float32
+    dh_ptr,  # [T, W]
+    dh_T_ptr,  # [B, W] float32 or None
+    dx_ptr,  # [T, W]
+    dr_ptr,  # [T, W]
+    di_ptr,  # [T, W]
+    sums_ptr,  # [chunks, W] float32: of r * dlog a, this program's chunk
+    dh0_ptr,  # [B, W] float32
+    T, W, B, chunk, stride_x, stride_r, stride_i, stride_h, stride_dh, factor,
+    block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = block_t // rows
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    ci = tl.program_id(1)
+    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
+    s = first_sequence(cu_ptr, first, T, B, True)
+    begin, stop = bound(cu_ptr, s, T, B, True), bound(cu_ptr, s + 1, T, B, True)
+    if begin < first:
+        v = carried(carry_ptr, begin, chunk, ci, c, W)
+    else:
+        v = initial(dh_T_ptr, s, c, W, B, True)
+    rate = _rate(lam_ptr, c, W, factor)
+    sums = tl.zeros((parts, block_c), tl.float32)
+
+    # --- 2. main loop
+    k0 = first
+    r_tile = load_rows(r_ptr, stride_r, k0, end, c, W, T, parts, rows, True)
+    dh_tile = load_rows(dh_ptr, stride_dh, k0, end, c, W, T, parts, rows, True)
+    while (k0 < end) & (s < B):
+        k1 = tl.minimum(k0 + block_t, end)
+        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
+        done = stop <= k1
+        stays = done & (s + 1 < B) & ((stop < k1) | (k1 == T))
+        k_next = tl.where(stays, k0, k1)
+        # what the second walk reads is on its way during the first
+        x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, True)
+        i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, True)
+        h_tile = load_rows(h_ptr, stride_h, k0, end, c, W, T, parts, rows, True, -1)
+        a_rows, r_rows, squares = (), (), ()
+        a_part = tl.full((parts, block_c), 1.0, tl.float32)
+        b_part = tl.zeros((parts, block_c), tl.float32)
+        for j in tl.static_range(rows):
+            k = step_of(k0, j, parts, rows)
+            inside = (k >= low) & (k < high)
+            fresh = (k == stop - 1) & (h0_ptr is None)
+            r, a, square = _decay(r_tile[j], rate, fresh)
+            a = tl.where(inside, a, 1.0)
+            b_part = a * (b_part + tl.where(inside, dh_tile[j].to(tl.float32), 0.0))
+            a_part *= a
+            a_rows, r_rows, squares = a_rows + (a,), r_rows + (r,), squares + (square,)  # noqa: RUF005
+        # --- 3. epilogue
+        v_row, v = across(a_part, b_part, v)
+        # --- 4. store
+        r_next = load_rows(r_ptr, stride_r, k_next, end, c, W, T, parts, rows, True)
+        dh_next = load_rows(dh_ptr, stride_dh, k_next, end, c, W, T, parts, rows, True)
+        h_start = initial(h0_ptr, s, c, W, B, True)[None, :]
+        for j in tl.static_range(rows):
+            k = step_of(k0, j, parts, rows)
+            inside = (k >= low) & (k < high)
+            starts = k == stop - 1
+            a, r, square = a_rows[j], r_rows[j], squares[j]
+            i, x = _sigmoid(i_tile[j].to(tl.float32)), x_tile[j].to(tl.float32)
+            u = v_row + tl.where(inside, dh_tile[j].to(tl.float32), 0.0)
+            v_row = a * u
+            root = tl.rsqrt(tl.maximum(square, 1e-37))
+            m_i = square * root * i
+            da = u * tl.where(starts, h_start, h_tile[j].to(tl.float32))
+            dlog_a = a * (da - u * i * x * a * tl.minimum(root, 2000.0))
+            dlog_a = tl.where(starts & (h0_ptr is None), 0.0, dlog_a) * r
+            sums += tl.where(inside, dlog_a, 0.0)
+            exist = inside & (c < W)[None, :]
+            dx = (u * m_i).to(dx_ptr.dtype.element_ty)
+            dr = -rate[None, :] * dlog_a * (1.0 - r)
+            di = u * m_i * x * (1.0 - i)
+            tl.store(row_ptr(dx_ptr, W, k, c, T, True), dx, exist)
+            tl.store(row_ptr(dr_ptr, W, k, c, T, True), dr.to(dx.dtype), exist)
+            tl.store(row_ptr(di_ptr, W, k, c, T, True), di.to(dx.dtype), exist)
+        if done:
+            tl.store(state_row(dh0_ptr, s, c, W, B, True), v, c < W)
+            s += 1
+            v = initial(dh_T_ptr, s, c, W, B, True)
+            begin = stop
+            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, True)
+        k0, r_tile, dh_tile = k_next, r_next, dh_next
+
+    tl.store(sums_ptr + ci.to(tl.int64) * W + c, tl.sum(sums, 0), c < W)
+
+
+@triton.jit
+def _rglru_dlam_kernel(
+    sums_ptr,  # [chunks, W] float32
+    lam_ptr,  # [W] float32
+    dlam_ptr,  # [W] float32
+    chunks, W, factor, block_c: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    # --- 2. main loop
+    total = tl.zeros((block_c,), tl.float32)
+    sums = sums_ptr + c
+    for _ in tl.range(0, chunks):
+        total += tl.load(sums, c < W, 0.0)
+        sums += W
+    # --- 3. epilogue
+    dlam = -factor * total * _sigmoid(tl.load(lam_ptr + c, c < W, 0.0))
+    # --- 4. store
+    tl.store(dlam_ptr + c, dlam, c < W)
+
+
+def _fake_fwd(x, r_pre, i_pre, lam, cu_seqlens, h0, c, config):
+    states = len(cu_seqlens) - 1, x.shape[1]
+    return [x.new_empty(x.shape), x.new_empty(states, dtype=torch.float32)]
+
+
+@_lib.opaque("rglru_fwd", _fake_fwd)
+def _forward(
+    x: Tensor,
+    r_pre: Tensor,
+    i_pre: Tensor,
+    lam: Tensor,
+    cu_seqlens: Tensor,
+    h0: Tensor | None,
+    c: float,
+    config: list[int] | None,
+) -> list[Tensor]:
+    """[h, h_T]."""
+    (T, W), B = x.shape, len(cu_seqlens) - 1
+    h, h_T = x.new_empty(T, W), x.new_empty(B, W, dtype=torch.float32)
+    if 0 in (T, W, B):
+        return [h.zero_(), h_T.zero_() if h0 is None else h_T.copy_(h0)]
+    x, r_pre, i_pre, lam, cu_seqlens = map(_lib.rows_adjacent, (x, r_pre, i_pre, lam, cu_seqlens))
+    h0 = None if h0 is None else h0.contiguous()
+    with _lib.on_device(x):
+        _lib.check_gpu()
+        tiles = Config(*config) if config else default_config(T, W, B, x.dtype)
+        chunk, grid = launch_sizes(T, W, tiles)
+        sizes = T, W, B, chunk, x.stride(0), r_pre.stride(0), i_pre.stride(0), c
+        carry = x.new_empty(grid[1], 2, W, dtype=torch.float32)
+        if grid[1] > 1:
+            _rglru_carry_kernel[grid[0], grid[1] - 1](
+                x, r_pre, i_pre, lam, cu_seqlens, h0, carry, *sizes, *tiles.shape,
+                h0 is None, False, **tiles.resources,
+            )  # fmt: skip
+        _rglru_fwd_kernel[grid](
+            x,
+            r_pre,
+            i_pre,
+            lam,
+            cu_seqlens,
+            h0,
+            carry,
+            h,
+            h_T,
+            *sizes,
+            *tiles.shape,
+            **tiles.resources,
+        )
+    return [h, h_T]
+
+
+def _fake_bwd(x, r_pre, i_pre, lam, h, cu_seqlens, h0, dh, dh_T, c, config):
+    states = len(cu_seqlens) - 1, x.shape[1]
+    small = [lam.new_empty(lam.shape), x.new_empty(states, dtype=torch.float32)]
+    return [*(x.new_empty(x.shape) for _ in range(3)), *small]
+
+
+@_lib.opaque("rglru_bwd", _fake_bwd)
+def _backward(
+    x: Tensor,
+    r_pre: Tensor,
+    i_pre: Tensor,
+    lam: Tensor,
+    h: Tensor,
+    cu_seqlens: Tensor,
+    h0: Tensor | None,
+    dh: Tensor,
+    dh_T: Tensor | None,
+    c: float,
+    config: list[int] | None,
+) -> list[Tensor]:
+    """[dx, dr_pre, di_pre, dlam, dh0]."""
+    (T, W), B = x.shape, len(cu_seqlens) - 1
+    dx, dr, di = (x.new_empty(T, W) for _ in range(3))
+    dlam, dh0 = lam.new_empty(W), x.new_empty(B, W, dtype=torch.float32)
+    if 0 in (T, W, B):
+        dh0 = dh0.zero_() if dh_T is None else dh0.copy_(dh_T)
+        return [*(g.zero_() for g in (dx, dr, di, dlam)), dh0]
+    rows = x, r_pre, i_pre, lam, h, dh, cu_seqlens
+    x, r_pre, i_pre, lam, h, dh, cu_seqlens = map(_lib.rows_adjacent, rows)
+    h0, dh_T = (None if s is None else s.contiguous() for s in (h0, dh_T))
+    with _lib.on_device(x):
+        _lib.check_gpu()
+        tiles = Config(*config) if config else default_config(T, W, B, x.dtype, "bwd")
+        chunk, grid = launch_sizes(T, W, tiles)
+        carry = x.new_empty(grid[1], 2, W, dtype=torch.float32)
+        sums = x.new_empty(grid[1], W, dtype=torch.float32)
+        if grid[1] > 1:
+            _rglru_carry_kernel[grid[0], grid[1] - 1](
+                dh, r_pre, i_pre, lam, cu_seqlens, dh_T, carry, T, W, B, chunk,
+                dh.stride(0), r_pre.stride(0), i_pre.stride(0), c, *tiles.shape, h0 is None, True,
+                **tiles.resources,
+            )  # fmt: skip
+        _rglru_bwd_kernel[grid](
+            x, r_pre, i_pre, lam, h, cu_seqlens, h0, carry, dh, dh_T, dx, dr, di, sums, dh0,
+            T, W, B, chunk, x.stride(0), r_pre.stride(0), i_pre.stride(0), h.stride(0),
+            dh.stride(0), c, *tiles.shape, **tiles.resources,
+        )  # fmt: skip
+        _rglru_dlam_kernel[(_lib.cdiv(W, 128),)](sums, lam, dlam, grid[1], W, c, 128)
+    return [dx, dr, di, dlam, dh0]
+
+
+def _check(x, r_pre, i_pre, lam, cu_seqlens, h0, c, config) -> None:
+    _lib.check_tensor("x", x, ("T", "W"), DTYPES)
+    for name, gate in (("r_pre", r_pre), ("i_pre", i_pre)):
+        _lib.check_tensor(name, gate, tuple(x.shape), (x.dtype,))
+    _lib.check_tensor("lam", lam, (x.shape[1],), (torch.float32,))
+    check_sequences(cu_seqlens, x.shape[1], h0=h0)
+    _lib.check_same_device(x=x, r_pre=r_pre, i_pre=i_pre, lam=lam, cu_seqlens=cu_seqlens, h0=h0)
+    _lib.check_static("c", c, (float, int))
+    _lib.check_config(config, Config)
+
+
+def rglru_fwd(
+    x: Tensor,
+    r_pre: Tensor,
+    i_pre: Tensor,
+    lam: Tensor,
+    cu_seqlens: Tensor,
+    h0: Tensor | None = None,
+    *,
+    c: float = 8.0,
+    config: Config | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """rglru and what its backward needs. No gradient flows through this.
+
+    Returns ((h, h_T), (x, r_pre, i_pre, lam, h, cu_seqlens, h0)).
+    """
+    _check(x, r_pre, i_pre, lam, cu_seqlens, h0, c, config)
+    h, h_T = _forward(x, r_pre, i_pre, lam, cu_seqlens, h0, float(c), _lib.fields(config))
+    return (h, h_T), (x, r_pre, i_pre, lam, h, cu_seqlens, h0)
+
+
+def rglru_bwd(
+    res: tuple[Tensor | None, ...],
+    dh: Tensor,
+    dh_T: Tensor | None = None,
+    *,
+    c: float = 8.0,
+    config: Config | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients (dx, dr_pre, di_pre [T, W] in x's dtype, dlam [W] float32), and dh0 [B, W] float32
+    if there was an h0.
+
+    res: as rglru_fwd returns it. dh [T, W], dh_T [B, W] float32: cotangents of h and h_T; dh_T None
+    is zero. The same inputs give the same bits: dlam is added in an order that only sizes and
+    config decide.
+    """
+    x, r_pre, i_pre, lam, h, cu_seqlens, h0 = res
+    _check(x, r_pre, i_pre, lam, cu_seqlens, h0, c, config)
+    for name, rows in (("h", h), ("dh", dh)):
+        _lib.check_tensor(name, rows, tuple(x.shape), (x.dtype,))
+    check_sequences(cu_seqlens, x.shape[1], dh_T=dh_T)
+    _lib.check_same_device(x=x, h=h, dh=dh, dh_T=dh_T)
+    grads = _backward(
+        x, r_pre, i_pre, lam, h, cu_seqlens, h0, dh, dh_T, float(c), _lib.fields(config)
+    )
+    return tuple(grads[: 4 + (h0 is not None)])
+
+
+class _RgLru(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, r_pre, i_pre, lam, cu_seqlens, h0, c, config):
+        out, res = rglru_fwd(x, r_pre, i_pre, lam, cu_seqlens, h0, c=c, config=config)
+        ctx.save_for_backward(*res)
+        ctx.set_materialize_grads(False)
+        ctx.c = c
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dh_T):
+        res = ctx.saved_tensors
+        if dh is None:  # only h_T was used
+            dh = torch.zeros_like(res[4])
+        *grads, dh0 = (*rglru_bwd(res, dh, dh_T, c=ctx.c), None)[:5]
+        found = (*grads, None, dh0, None, None)
+        return tuple(
+            g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True)
+        )
+
+
+def rglru(
+    x: Tensor,
+    r_pre: Tensor,
+    i_pre: Tensor,
+    lam: Tensor,
+    cu_seqlens: Tensor,
+    h0: Tensor | None = None,
+    *,
+    c: float = 8.0,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h [T, W] = a * (h of the token before) + sqrt(1 - a^2) * sigmoid(i_pre) * x, and the last
+    states h_T [B, W]; log a = -c * sigmoid(r_pre) * softplus(lam). Differentiable once.
+
+    x, r_pre, i_pre [T, W]: bfloat16, float16 or float32, the same; h has their dtype. lam [W]
+    float32. B sequences lie one after the other, the tokens of sequence s from cu_seqlens[s] on.
+    cu_seqlens [B + 1] int32, from 0 to T, is read on the device alone: linear_scan_check looks at
+    what it holds.
+    h0 [B, W] float32: the states before the first tokens. None: each sequence begins anew, and its
+    first token enters as it is, neither decayed nor scaled by the root. h_T is float32.
+    config: tiles of this call; gradients take their own default.
+
+    Raises TypeError for dtypes and ValueError for shapes and devices that do not fit, naming the
+    argument; NotImplementedError on a GPU older than Ampere.
+    """
+    return _RgLru.apply(x, r_pre, i_pre, lam, cu_seqlens, h0, c, config)
