@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 BLOCK_M, BLOCK_N = 16, 64  # a tensor core multiplies 64 rows of W by 8, 16, ... tokens
 STAGES = 4
 TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+BYTES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64))
 
 
 def _w4_kernel(x_gmem, packed_gmem, scale_gmem, zero_gmem, y_gmem, y_smem):
@@ -25,48 +26,53 @@ def _w4_kernel(x_gmem, packed_gmem, scale_gmem, zero_gmem, y_gmem, y_smem):
     """
     mi, ni = lax.axis_index("m"), lax.axis_index("n")
 
-    def compute(acc):
-        def group(_, x_smem, packed_smem, scale_smem, zero_smem):
-            row = plgpu.Layout.WGMMA.reduce(1)
-            byte = plgpu.load(packed_smem, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-            scale = plgpu.load(scale_smem, layout=row, optimized=False)
-            half = pl.ds(ni % 2 * BLOCK_N, BLOCK_N)
-            zero = plgpu.load(zero_smem.at[half], layout=row, optimized=False)
-            plgpu.commit_smem()  # they have been read before they are filled again
-            byte = plgpu.layout_cast(byte.astype(jnp.int16), plgpu.Layout.WGMMA)
-            zero = zero.astype(jnp.int16)
-            scale, zero = (lax.broadcast_in_dim(v, byte.shape, [0]) for v in (scale, zero))
-            # BEGIN SOLUTION
-            # 1. The low nibbles and the high ones, as float16, minus the zero point, times the
-            #    scale: two pieces of W, [BLOCK_N, 64] each.
-            # 2. acc += a piece times the columns of x that belong to it (plgpu.wgmma; .T of a
-            #    reference is its transpose). Then wait for both: plgpu.wgmma_wait(0).
-            # A float16 with the bits 0x6400 | q is 1024 + q, which is quicker than a conversion.
-            low, high, zero = (
-                lax.bitcast_convert_type(q | 0x6400, jnp.float16)
-                for q in (byte & 15, byte >> 4, zero)
-            )
-            low, high = (low - zero) * scale, (high - zero) * scale
-            plgpu.wgmma(acc, low, x_smem.at[0].T)
-            plgpu.wgmma(acc, high, x_smem.at[1].T)
+    def group(_, x_smem, packed_smem, scale_smem, zero_smem, acc):
+        row = plgpu.Layout.WGMMA.reduce(1)
+        byte = plgpu.load(packed_smem, layout=plgpu.Layout.WGMMA, optimized=False)
+        scale = plgpu.load(scale_smem, layout=row, optimized=False)
+        half = pl.ds(ni % 2 * BLOCK_N, BLOCK_N)
+        zero = plgpu.load(zero_smem.at[half], layout=row, optimized=False)
+        plgpu.commit_smem()  # they have been read before they are filled again
+        byte = byte.astype(jnp.int16)
+        zero = zero.astype(jnp.int16)
+        zero = lax.broadcast_in_dim(zero, byte.shape, [0])
+        scale = lax.broadcast_in_dim(scale.astype(jnp.float32), acc.shape, [0])
+        # BEGIN SOLUTION
+        # 1. The low nibbles and the high ones, as float16, minus the zero point: two pieces of a
+        #    group's codes, [BLOCK_N, 64] each.
+        # 2. The sum over the group: in an accumulator, pl.run_scoped(product, plgpu.ACC(acc.shape,
+        #    jnp.float32)), a piece times the columns of x that belong to it (plgpu.wgmma; .T of a
+        #    reference is its transpose), and the other; plgpu.wgmma_wait(0) before it is read.
+        # 3. Return acc plus that, times the scale.
+        # A float16 with the bits 0x6400 | q is 1024 + q, which is quicker than a conversion.
+        # INSTEAD return acc
+        low, high, zero = (
+            lax.bitcast_convert_type(q | 0x6400, jnp.float16) for q in (byte & 15, byte >> 4, zero)
+        )
+
+        def product(part):
+            plgpu.wgmma(part, low - zero, x_smem.at[0].T)
+            plgpu.wgmma(part, high - zero, x_smem.at[1].T)
             plgpu.wgmma_wait(0)
-            # END SOLUTION
+            return part[...]
 
-        plgpu.emit_pipeline(
-            group,
-            grid=(scale_gmem.shape[0],),
-            in_specs=[
-                plgpu.BlockSpec((2, BLOCK_M, 64), lambda g: (0, mi, g), transforms=TILES),
-                plgpu.BlockSpec((BLOCK_N, 64), lambda g: (ni, g)),
-                plgpu.BlockSpec((None, BLOCK_N), lambda g: (g, ni)),
-                # In shared memory each copy begins at a multiple of 128 bytes: those of two tiles.
-                plgpu.BlockSpec((None, 2 * BLOCK_N), lambda g: (g, ni // 2)),
-            ],
-            max_concurrent_steps=STAGES,
-        )(x_gmem, packed_gmem, scale_gmem, zero_gmem)
-        return acc[...]
+        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32)) * scale
+        # END SOLUTION
 
-    acc = pl.run_scoped(compute, plgpu.ACC((BLOCK_N, BLOCK_M), jnp.float32))
+    zeros = jnp.zeros((BLOCK_N, BLOCK_M), jnp.float32)
+    acc = plgpu.emit_pipeline(
+        group,
+        grid=(scale_gmem.shape[0],),
+        in_specs=[
+            plgpu.BlockSpec((2, BLOCK_M, 64), lambda g: (0, mi, g), transforms=TILES),
+            plgpu.BlockSpec((BLOCK_N, 64), lambda g: (ni, g), transforms=BYTES),
+            plgpu.BlockSpec((None, BLOCK_N), lambda g: (g, ni)),
+            # In shared memory each copy begins at a multiple of 128 bytes: those of two tiles.
+            plgpu.BlockSpec((None, 2 * BLOCK_N), lambda g: (g, ni // 2)),
+        ],
+        max_concurrent_steps=STAGES,
+        init_carry=plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
+    )(x_gmem, packed_gmem, scale_gmem, zero_gmem)
     y = plgpu.layout_cast(acc.astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
     y_smem.T[...] = y
     plgpu.commit_smem()
