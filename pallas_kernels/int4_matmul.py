@@ -64,7 +64,7 @@ ZERO = 8  # of symmetric weights
 MAGIC = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}  # 128 and 1024
 ROWS = 64  # of W that one wgmma instruction multiplies
 EPILOGUE_M = 32  # tokens of one store, at most
-MEMORY_REGISTERS = 24  # of a thread that only issues copies; of 512, the others share what is left
+MEMORY_REGISTERS = 24  # of a thread that only issues copies; the others share what is left
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # one value for each row of W
 
@@ -96,6 +96,8 @@ class Config:
                 f"block_n: expected a multiple of 64 rows for each of {self.warpgroups} "
                 f"warpgroups, got {self.block_n}"
             )
+        if self.block_n % 128:  # a slot's zero points are its bytes, and TMA writes to whole 128s
+            raise ValueError(f"block_n: expected a multiple of 128, got {self.block_n}")
         if self.stages < 2:
             raise ValueError(f"stages: expected at least 2, got {self.stages}")
 
@@ -113,16 +115,30 @@ def default_config(M: int, N: int, K: int, dtype: Any) -> Config:
 
 
 def default_split(M: int, N: int, K: int) -> int:
-    """Slices of K so that all multiprocessors have enough to do, on a Hopper with 132."""
-    tiles = _lib.cdiv(N, 256) * _lib.cdiv(M, 128)
-    blocks = _lib.cdiv(K, BLOCK_K)
-    # Several tiles for each; no slice of fewer than 4 steps, which would be all prologue.
-    return max(1, min(_lib.cdiv(528, tiles), blocks // 4, 8)) if M <= 32 else 1
+    """Slices of K: as few as occupy a Hopper with 132 multiprocessors.
+
+    More would be written and read again for nothing. Sums of the slices round differently, so that
+    this depends on the sizes alone, not on the Config.
+    """
+    if M > 64:
+        return 1
+    tiles = _lib.cdiv(N, 256)
+    # No slice of fewer than 4 steps, which would be all prologue.
+    return max(1, min(_lib.cdiv(106, tiles), _lib.cdiv(K, BLOCK_K) // 4))
 
 
 def _offset(code: jax.Array, dtype: Any) -> jax.Array:
     """int16 codes of four bits as 128 + code in bfloat16, 1024 + code in float16."""
     return lax.bitcast_convert_type(code | jnp.int16(MAGIC[jnp.dtype(dtype)]), dtype)
+
+
+def _registers(warpgroups: int) -> int:
+    """Of a thread that computes: its share of what the block was launched with.
+
+    That is a multiple of 8 for each thread; asking for more than is left over waits for ever.
+    """
+    launched = (1 << 16) // (_lib.WARPGROUP * (warpgroups + 1)) // 8 * 8 * (warpgroups + 1)
+    return min(232, (launched - MEMORY_REGISTERS) // warpgroups // 8 * 8)
 
 
 def _plane(words: jax.Array, i: int, dtype: Any) -> jax.Array:
@@ -257,9 +273,7 @@ def _int4_matmul_kernel(
 
     @pl.when(wg < config.warpgroups)
     def _compute() -> None:
-        plgpu.set_max_registers(
-            min(232, (512 - MEMORY_REGISTERS) // config.warpgroups // 8 * 8), action="increase"
-        )
+        plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
         for slot in range(stages):
             plgpu.barrier_arrive(free.at[slot])  # every slot is free at the start
         pieces = block_n // config.warpgroups // ROWS
@@ -417,10 +431,10 @@ def int4_prepack(
         raise ValueError("w_packed: expected shape [N, K / 2], got weights that are prepacked")
     code = jnp.stack((w_packed & 15, w_packed >> 4), axis=2).reshape(N, K).astype(jnp.int16)
     code = jnp.pad(code, ((0, 0), (0, -K % BLOCK_K)), constant_values=8)
-    code = code.reshape(N, -1, 4, PLANE).transpose(1, 2, 0, 3)
+    code = code.reshape(N, _lib.cdiv(K, BLOCK_K), 4, PLANE).transpose(1, 2, 0, 3)
     words = code[:, 0] | code[:, 1] << 4 | code[:, 2] << 8 | code[:, 3] << 12
     if w_zero is not None:
-        w_zero = jnp.stack((w_zero & 15, w_zero >> 4), axis=2).reshape(N, -1)
+        w_zero = jnp.stack((w_zero & 15, w_zero >> 4), axis=2).reshape(N, 2 * w_zero.shape[1])
         w_zero = w_zero[:, : K // group].T
     return words, w_scale.T, w_zero
 

@@ -65,8 +65,8 @@ class Config:
     """
 
     block_m: int = 16
-    block_n: int = 128
-    stages: int = 4
+    block_n: int = 64
+    stages: int = 3
     group_m: int = 8
     warps: int = 4
 
@@ -80,20 +80,28 @@ class Config:
 def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
     """The Config for a product of these sizes on a Hopper with 132 multiprocessors."""
     del N, K, dtype
-    # Few tokens: tiles of one warpgroup, several to a multiprocessor, so that one waits for memory
-    # while another unpacks.
+    # Few tokens: small tiles of one warpgroup, four to a multiprocessor: one waits for memory or
+    # the tensor cores while another unpacks.
+    if M <= 32:
+        return Config(block_m=16 if M <= 16 else 32)
+    # Every tile reads all of x: taller ones, as many tokens as fit twice beside 256 of K.
     if M <= 64:
-        return Config(block_m=max(16, _lib.power_of_2(M)), stages=4 if M <= 32 else 3)
-    # Each tile of tokens unpacks the weights again: 128 are what fits twice beside 256 of K.
-    return Config(block_m=128, stages=2, warps=8)
+        return Config(block_m=64, block_n=128, stages=2)
+    # Each tile of tokens unpacks the weights again.
+    return Config(block_m=128, block_n=256, stages=2, warps=16)
 
 
 def default_split(M: int, N: int, K: int) -> int:
-    """Slices of K so that all multiprocessors have enough to do, on a Hopper with 132."""
-    tiles = _lib.cdiv(N, 128) * _lib.cdiv(M, 256)
-    blocks = _lib.cdiv(K, BLOCK_K)
-    # Two or three tiles for each; no slice of fewer than 4 steps, which would be all prologue.
-    return max(1, min(_lib.cdiv(320, tiles), blocks // 4, 8)) if M <= 64 else 1
+    """Slices of K: as few as occupy a Hopper with 132 multiprocessors.
+
+    More would be written and read again for nothing. Sums of the slices round differently, so that
+    this depends on the sizes alone, not on the Config.
+    """
+    if M > 64:
+        return 1
+    tiles = _lib.cdiv(N, 64 if M <= 32 else 128)
+    # No slice of fewer than 4 steps, which would be all prologue.
+    return max(1, min(_lib.cdiv(200, tiles), _lib.cdiv(K, BLOCK_K) // 4))
 
 
 # More tokens than these, and it takes less time to write W out once and multiply by that: unpacking
@@ -101,7 +109,7 @@ def default_split(M: int, N: int, K: int) -> int:
 DENSE_M = 1024
 
 # Pointer loads need address registers, and Ada has 99 KB of shared memory: a smaller tile.
-POINTER_CONFIG = Config(block_m=16, block_n=64, stages=3)
+POINTER_CONFIG = Config(stages=2)
 
 # Two words of 16 bits at once: nibble i of both, as floats, less zero, times scale. By fma alone,
 # which Ampere has for bfloat16 too; the second is a multiplication (its addend is -0).
@@ -180,7 +188,7 @@ def _load_words(w, block, n, N, block_n: tl.constexpr, tma: tl.constexpr):
         words = w.load([block, n, 0]).reshape(block_n, 64)
     else:
         r = n + tl.arange(0, block_n)
-        at = (block.to(tl.int64) * N + r[:, None]) * 64 + tl.arange(0, 64)[None, :]
+        at = (block * N + r[:, None]).to(tl.int64) * 64 + tl.arange(0, 64)[None, :]
         words = tl.load(w + at, mask=r[:, None] < N, other=0)
     return words
 
@@ -329,15 +337,14 @@ def int4_prepack(
     N, K, prepacked = _check_weights(w_packed, w_scale, w_zero, group, None)
     if prepacked:
         raise ValueError("w_packed: expected shape [N, K / 2], got weights that are prepacked")
-    code = torch.stack((w_packed & 15, w_packed >> 4), dim=2).reshape(N, K)
-    code = torch.nn.functional.pad(code, (0, -K % BLOCK_K), value=8).view(N, -1, 4, PLANE)
-    halves = torch.stack((code[:, :, 0::2], code[:, :, 1::2]), dim=0)
-    words = (halves[0] | halves[1] << 4).transpose(2, 3).contiguous().view(torch.int16)
-    words = words.view(N, -1, PLANE).transpose(0, 1).contiguous()
+    code = torch.stack((w_packed & 15, w_packed >> 4), dim=2).reshape(N, K).to(torch.int16)
+    code = torch.nn.functional.pad(code, (0, -K % BLOCK_K), value=8)
+    code = code.view(N, _lib.cdiv(K, BLOCK_K), 4, PLANE).permute(1, 2, 0, 3)
+    words = code[:, 0] | code[:, 1] << 4 | code[:, 2] << 8 | code[:, 3] << 12
     if w_zero is not None:
-        w_zero = torch.stack((w_zero & 15, w_zero >> 4), dim=2).reshape(N, -1)
+        w_zero = torch.stack((w_zero & 15, w_zero >> 4), dim=2).flatten(1)
         w_zero = w_zero[:, : K // group].t().contiguous()
-    return words, w_scale.t().contiguous(), w_zero
+    return words.contiguous(), w_scale.t().contiguous(), w_zero
 
 
 def _prepacked(
