@@ -4,6 +4,9 @@ compilation, sequences that do not touch each other, bad input.
 The kernels run in the interpreter, which conftest.py switches on with its race detector.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -155,6 +158,66 @@ def test_values_and_gradients_and_sequences_do_not_touch_each_other(run):
         x, y = (np.asarray(z, np.float32).swapaxes(0, i == 1)[:first] for z in (x, y))
         assert x.tobytes() == y.tobytes(), i
     assert len(traced) == 1
+
+
+def test_under_vmap():
+    layouts = [[(19, FULL), (9, CAUSAL)], [(5, PAD)]], [[(11, NOISE), (17, CAUSAL)], [(5, CAUSAL)]]
+    metas = [HybridMeta.from_segments(layout) for layout in layouts]
+    rng = np.random.default_rng(2)
+    arrays = [jnp.asarray(rng.standard_normal((2, 33, 1, 64)), jnp.bfloat16) for _ in range(3)]
+
+    def loss(q, k, v, meta):
+        o, _ = hybrid_attention(q, k, v, hybrid_plan(meta, tokens=33))
+        return (o.astype(jnp.float32) ** 2).sum()
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *metas)
+    got = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*arrays, stacked)
+    for i, meta in enumerate(metas):
+        seen = meta.to_dense(33)
+
+        def dense(q, k, v, seen=seen):
+            o, _ = _dense(q, k, v, seen)
+            return (jnp.where(seen.any(1)[:, None, None], o, 0) ** 2).sum()
+
+        want = jax.grad(dense, (0, 1, 2))(*(x[i] for x in arrays))
+        for x, y in zip(got, want, strict=True):
+            x, y = (np.asarray(z, np.float64) for z in (x[i], y))
+            assert np.linalg.norm(x - y) <= 2e-2 * np.linalg.norm(y)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from parity import frameworks
+from pallas_kernels import HybridMeta, hybrid_attention, hybrid_plan
+
+frameworks.interpreters()
+mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,))
+arrays = [jax.random.normal(jax.random.key(i), (33, 2, 64), "bfloat16") for i in range(3)]
+meta = HybridMeta.from_segments([[(19, "full"), (14, "causal")]])
+
+def attend(q, k, v, meta):
+    return hybrid_attention(q, k, v, hybrid_plan(meta, tokens=33))
+
+def grads(f):
+    def loss(*arrays):
+        o, lse = f(*arrays, meta)
+        return (o.astype("float32") ** 2).sum() + lse.sum()
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+heads = P(None, "heads")
+sharded = jax.shard_map(
+    attend, mesh=mesh, in_specs=(heads, heads, heads, P()), out_specs=(heads, P("heads"))
+)
+for got, want in zip(grads(sharded), grads(attend), strict=True):
+    assert (np.asarray(got) == np.asarray(want)).all()
+"""
+
+
+def test_under_shard_map():
+    """Heads on two devices, with one plan; no race detector, as in test_pallas_kernels."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=env)
 
 
 def test_constructors():
