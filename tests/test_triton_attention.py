@@ -22,6 +22,7 @@ from parity.problems.hybrid_attention import PLAN, planned  # noqa: E402
 from triton_kernels import HybridMeta, HybridPlan, _lib, hybrid_attention, hybrid_plan  # noqa: E402
 
 ATTENTION = importlib.import_module("triton_kernels.hybrid_attention")
+ATOMIC = importlib.import_module("triton_kernels.hybrid_attention_atomic")
 CAUSAL, FULL, NOISE, PAD = range(4)
 DEVICE = "cpu" if _lib.INTERPRETING else "cuda"
 HALF, FLOAT = torch.float16, torch.float32
@@ -180,9 +181,11 @@ def test_values_and_gradients_against_a_dense_mask(case):
     wants = torch.autograd.grad(loss, lifted)
     grads = ATTENTION.hybrid_attention_bwd(res, do, dlse, config=config, **options)
     again = ATTENTION.hybrid_attention_bwd(res, do, dlse, config=config, **options)
-    for got, want, repeated in zip(grads, wants, again, strict=True):
+    added = ATOMIC.hybrid_attention_atomic_bwd(res, do, dlse, config=config, **options)
+    for got, want, repeated, other in zip(grads, wants, again, added, strict=True):
         assert error(got, want) < 2e-3 and torch.equal(got, repeated)
-        assert (got[~live] == 0).all()
+        assert error(other, want) < 2e-3
+        assert (got[~live] == 0).all() and (other[~live] == 0).all()
 
 
 def run(q, k, v, do, plan):
@@ -370,6 +373,21 @@ def test_autograd_strides_and_unused_outputs():
             for grad, exact_grad in zip(grads, wants, strict=True):
                 assert grad.dtype is HALF
                 assert error(grad, exact_grad) < 2e-3
+
+
+def test_the_atomic_variant_differs_in_its_backward_alone():
+    plan = hybrid_plan(HybridMeta.from_segments(MIXED), tokens=150)
+    leaves = [normal(150, h, 64, requires_grad=True) for h in (2, 1, 1)]
+    outputs = [f(*leaves, plan) for f in (hybrid_attention, ATOMIC.hybrid_attention_atomic)]
+    for ours, theirs in zip(*outputs, strict=True):
+        assert torch.equal(ours, theirs)
+    with launches() as launched:
+        grads = [torch.autograd.grad(o.float().sum() + lse[:, :109].sum(), leaves)
+                 for o, lse in outputs]  # fmt: skip
+    names = [name for name, _ in launched]
+    assert sum("dq" in name for name in names) == 1 == sum("round" in name for name in names)
+    for ours, theirs in zip(*grads, strict=True):
+        assert error(ours, theirs.double()) < 1e-3
 
 
 def test_only_needed_gradients_and_one_differentiation():

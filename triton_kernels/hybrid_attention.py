@@ -85,8 +85,12 @@ class Config:
 def default_config(
     T: int, Hq: int, Hk: int, D: int, dtype: torch.dtype, which: str = "fwd"
 ) -> Config:
-    """The Config for T tokens on a Hopper; which: "fwd", "dq", or "dkdv"."""
+    """The Config for T tokens on a Hopper; which: "fwd", "dq", "dkdv", or "atomic", the kernel of
+    hybrid_attention_atomic that makes all gradients."""
     del T, Hq, Hk, dtype
+    if which == "atomic":
+        # dk and dv take 128 registers, x and dx 64, then dq 32. Twice the keys halve what is added.
+        return Config(64, 64, 1, 8) if D > 128 else Config(128, 64, 2, 8)
     if D > 128:
         # 64 rows and their float32 sums take 128 registers of each of 128 threads, two such sums
         # the same of each of 256.
@@ -178,31 +182,22 @@ def _hybrid_attention_kernel(
     row_max = tl.full((block_m,), float("-inf"), tl.float32)
     begin, stop = tl.maximum(mine[0], 0) // wide, tl.cdiv(tl.minimum(mine[3], T), wide)
     dead_tiles = 0
-    for first in tl.range(begin, stop, LANES, num_stages=1):
-        bits, masked, _, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
-        )
-        dead_tiles += counts // 256
-        acc, row_sum, row_max = _visit(
-            acc, row_sum, row_max, q_tile, k, v, bits, masked, counts % 256, first,
-            kv_start, kv_end, noise_id, q_pos, slope,
-            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
-            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            block_n, block_d, wide // block_n, tma, capped, biased, False, stages,
-        )  # fmt: skip
-    # Apart, so that what this needs of registers is not held above.
-    stop = tl.where(dead_tiles > 0, stop, begin)
-    for first in tl.range(begin, stop, LANES, num_stages=1):
-        _, _, dead, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
-        )
-        acc, row_sum, row_max = _visit(
-            acc, row_sum, row_max, q_tile, k_strip, v_strip, dead, dead, counts // 256, first,
-            kv_start, kv_end, noise_id, q_pos, slope,
-            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
-            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            STRIP, block_d, wide // STRIP, tma, capped, biased, True, 1,
-        )  # fmt: skip
+    for dead in tl.static_range(2):
+        if dead:  # apart, so that what this needs of registers is not held above
+            stop = tl.where(dead_tiles > 0, stop, begin)
+        for first in tl.range(begin, stop, LANES, num_stages=1):
+            bits, masked, count, others = walk(
+                tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False, dead
+            )
+            dead_tiles += others
+            acc, row_sum, row_max = _visit(
+                acc, row_sum, row_max, q_tile, k_strip if dead else k, v_strip if dead else v,
+                bits, masked, count, first, kv_start, kv_end, noise_id, q_pos, slope,
+                kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+                h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
+                STRIP if dead else block_n, block_d, wide // (STRIP if dead else block_n), tma,
+                capped, biased, dead, 1 if dead else stages,
+            )  # fmt: skip
 
     # --- 3. epilogue
     # A row that saw nothing has sum 0 and acc 0.
@@ -318,36 +313,42 @@ def hybrid_attention_bwd(
     res: as hybrid_attention_fwd returns it. do [T, Hq, D]: the cotangent of o; dlse [Hq, T] that of
     lse, None for zeros. config: tiles of dq, and of dk and dv.
     """
+    return _backward(res, do, dlse, scale, softcap, config, False)
+
+
+def _backward(res, do, dlse, scale, softcap, config, atomic):
     q, k, v, _, lse, alibi, *plan = res
     _check(q, k, v, HybridPlan(*plan), softcap, alibi, config)
     _lib.check_tensor("do", do, tuple(q.shape), (q.dtype,))
     if dlse is not None:
         _lib.check_tensor("dlse", dlse, tuple(lse.shape), (torch.float32,))
     _lib.check_same_device(q=q, do=do, dlse=dlse)
-    return _gradients(res, do, dlse, _scale(scale, q), softcap, config)
+    return _gradients(res, do, dlse, _scale(scale, q), softcap, config, atomic)
 
 
-def _gradients(res, do, dlse, scale, softcap, config):
+def _gradients(res, do, dlse, scale, softcap, config, atomic):
     q, k, v, o, lse, alibi, *plan = res
-    tilings = [config] * 2
+    kernels = ("atomic",) if atomic else ("dkdv", "dq")
+    tilings = [config] * len(kernels)
     if config is None:
         (T, Hq, D), Hk = q.shape, k.shape[1]
-        tilings = [default_config(T, Hq, Hk, D, q.dtype, which) for which in ("dq", "dkdv")]
+        tilings = [default_config(T, Hq, Hk, D, q.dtype, which) for which in kernels]
         if softcap:  # dk and dv take 128 registers, x and dx 64, and tanh has to stay as well
-            tilings[1] = replace(tilings[1], block_n=32)
+            smaller = {"block_m": 64} if atomic else {"block_n": 32}
+            tilings[0] = replace(tilings[0], **smaller)
     flat = [field for tiling in tilings for field in _lib.fields(tiling)]
     return tuple(backward(q, k, v, o, lse, alibi, plan, do, dlse, scale, float(softcap), flat))
 
 
 class _HybridAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, softcap, alibi, config, *plan):
+    def forward(ctx, q, k, v, scale, softcap, alibi, config, atomic, *plan):
         outputs, res = hybrid_attention_fwd(
             q, k, v, HybridPlan(*plan), scale=scale, softcap=softcap, alibi=alibi, config=config
         )
         ctx.save_for_backward(*res)
         ctx.set_materialize_grads(False)
-        ctx.options = _scale(scale, q), softcap
+        ctx.options = _scale(scale, q), softcap, None, atomic
         return outputs
 
     @staticmethod
@@ -357,8 +358,8 @@ class _HybridAttention(torch.autograd.Function):
         grads = (None, None, None)
         if do is not None or dlse is not None:
             do = torch.zeros_like(res[0]) if do is None else do
-            grads = _gradients(res, do, dlse, *ctx.options, None)
-        return *grads, *(None,) * (4 + len(HybridPlan._fields))
+            grads = _gradients(res, do, dlse, *ctx.options)
+        return *grads, *(None,) * (5 + len(HybridPlan._fields))
 
 
 def hybrid_attention(
@@ -389,7 +390,7 @@ def hybrid_attention(
     naming the argument; NotImplementedError on a GPU older than Ampere.
     """
     _check_plan(plan)
-    return _HybridAttention.apply(q, k, v, scale, softcap, alibi, config, *plan)
+    return _HybridAttention.apply(q, k, v, scale, softcap, alibi, config, False, *plan)
 
 
 def _check_plan(plan: HybridPlan) -> None:

@@ -26,6 +26,7 @@ from .hybrid_attention_tiles import (
     LANES,
     LOG2_E,
     STRIP,
+    add_tile,
     after,
     bounds,
     load_tile,
@@ -157,30 +158,22 @@ def _hybrid_attention_dq_kernel(
     acc = tl.zeros((block_m, block_d), tl.float32)
     begin, stop = tl.maximum(mine[0], 0) // wide, tl.cdiv(tl.minimum(mine[3], T), wide)
     dead_tiles = 0
-    for first in tl.range(begin, stop, LANES, num_stages=1):
-        bits, masked, _, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
-        )
-        dead_tiles += counts // 256
-        acc = _visit_keys(
-            acc, q_tile, do_tile, k, v, bits, masked, counts % 256, first,
-            kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
-            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
-            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            block_n, block_d, wide // block_n, tma, capped, biased, False, stages,
-        )  # fmt: skip
-    stop = tl.where(dead_tiles > 0, stop, begin)
-    for first in tl.range(begin, stop, LANES, num_stages=1):
-        _, _, dead, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False
-        )
-        acc = _visit_keys(
-            acc, q_tile, do_tile, k_strip, v_strip, dead, dead, counts // 256, first,
-            kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
-            kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
-            h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
-            STRIP, block_d, wide // STRIP, tma, capped, biased, True, 1,
-        )  # fmt: skip
+    for dead in tl.static_range(2):
+        if dead:
+            stop = tl.where(dead_tiles > 0, stop, begin)
+        for first in tl.range(begin, stop, LANES, num_stages=1):
+            bits, masked, count, others = walk(
+                tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False, dead
+            )
+            dead_tiles += others
+            acc = _visit_keys(
+                acc, q_tile, do_tile, k_strip if dead else k, v_strip if dead else v,
+                bits, masked, count, first, kv_start, kv_end, noise_id, q_pos, lse, delta, slope,
+                kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
+                h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
+                STRIP if dead else block_n, block_d, wide // (STRIP if dead else block_n), tma,
+                capped, biased, dead, 1 if dead else stages,
+            )  # fmt: skip
 
     # --- 3. epilogue
     # Rows of tokens that see nothing may hold anything so far.
@@ -192,7 +185,7 @@ def _hybrid_attention_dq_kernel(
 
 @triton.jit
 def _visit_queries(
-    dk, dv, k_tile, v_tile, q, do, bits, masked, count, first,
+    dk, dv, k_tile, v_tile, k_live, q, do, dq, bits, masked, count, first,
     j, k_pos, hk, G,
     lse_ptr, delta_ptr, alibi_ptr,
     kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
@@ -201,7 +194,10 @@ def _visit_queries(
     capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """dk += dx^T @ q and dv += p^T @ do over the `count` tiles of queries in `bits`, of G heads,
-    each in so many strips of block_n rows. More than one: some of their tokens see nothing."""
+    each in so many strips of block_n rows. dead: some of their tokens see nothing.
+
+    Unless dq is None, dq += dx @ k_live as well: k with zeros for keys that see nothing.
+    """
     h, left, strip = hk * G, bits, 0
     # What does not change in the loop is not kept through it, and delta is loaded where it is
     # needed: registers are short. lse is waited for before the products it runs beside.
@@ -223,7 +219,7 @@ def _visit_queries(
         dp = tl.dot(v_tile, do_tile.T)  # while p is exponentiated
         x, bent = scores(s, q_pos[None, :], k_pos[:, None], slope, scale, softcap, capped, biased)
         p = tl.exp2(x * unit - lse[None, :])
-        if ((masked >> lane) & 1) != 0:
+        if (masked & left & -left) != 0:
             # A key is seen by one interval of queries, whatever its noise.
             q_start = tl.load(q_start_ptr + j, mask=j < T, other=0)
             q_end = tl.load(q_end_ptr + j, mask=j < T, other=0)
@@ -234,7 +230,17 @@ def _visit_queries(
         dx = p * (dp - delta[None, :])
         if capped:
             dx *= 1.0 - bent * bent
-        dk = tl.dot(dx.to(q_tile.dtype), q_tile, dk)
+        # v of a key that sees nothing may be NaN. A branch takes registers, and spares some at 256.
+        if dq is not None and block_d <= 128:
+            dx = tl.where(p > 0.0, dx, 0.0)
+        elif dq is not None and (masked & left & -left) != 0:
+            dx = tl.where(p > 0.0, dx, 0.0)
+        dx = dx.to(q_tile.dtype)
+        if dq is not None:
+            dq_tile = tl.dot(dx.T, k_live)
+        dk = tl.dot(dx, q_tile, dk)
+        if dq is not None:
+            add_tile(dq, dq_tile, h, m0, T, H, D, block_n, block_d)
         # The tiles of one head, and then again of the next: to the loads it is one loop.
         left, strip = after(left, strip, strips)
         h = tl.where(left == 0, h + 1, h)
@@ -244,12 +250,13 @@ def _visit_queries(
 
 @triton.jit
 def _hybrid_attention_dkdv_kernel(
-    k, v, q, do, q_strip, do_strip, dk, dv,
+    k, v, q, do, dq, q_strip, do_strip, dq_strip,  # dq: float32 sums to add to, or None
+    dk, dv,
     lse_ptr, delta_ptr, alibi_ptr,
     kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr, tiles_ptr, order_ptr,
     T, Hq, Hk, D, scale, softcap,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, stages: tl.constexpr,
-    capped: tl.constexpr, tma: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
+    stages: tl.constexpr, capped: tl.constexpr, tma: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     biased: tl.constexpr = alibi_ptr is not None
@@ -275,36 +282,31 @@ def _hybrid_attention_dkdv_kernel(
     # --- 2. main loop
     k_tile = load_tile(k, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
     v_tile = load_tile(v, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+    k_live = k_tile
+    if dq is not None:
+        k_live = zero_dead(k_tile, kv_start_ptr, kv_end_ptr, j, T)
     dk_acc = tl.zeros((block_m, block_d), tl.float32)
     dv_acc = tl.zeros((block_m, block_d), tl.float32)
     begin, stop = tl.maximum(begin, 0) // wide, tl.cdiv(tl.minimum(stop, T), wide)
     dead_tiles = 0
-    for first in tl.range(begin, stop, LANES, num_stages=1):
-        bits, masked, _, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, True
-        )
-        dead_tiles += counts // 256
-        dk_acc, dv_acc = _visit_queries(
-            dk_acc, dv_acc, k_tile, v_tile, q, do, bits, masked, counts % 256, first,
-            j, k_pos, hk, Hq // Hk,
-            lse_ptr, delta_ptr, alibi_ptr,
-            kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
-            T, Hq, D, scale, softcap, unit,
-            block_n, block_d, wide // block_n, tma, capped, biased, False, stages,
-        )  # fmt: skip
-    stop = tl.where(dead_tiles > 0, stop, begin)
-    for first in tl.range(begin, stop, LANES, num_stages=1):
-        _, _, dead, counts = walk(
-            tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, True
-        )
-        dk_acc, dv_acc = _visit_queries(
-            dk_acc, dv_acc, k_tile, v_tile, q_strip, do_strip, dead, dead, counts // 256, first,
-            j, k_pos, hk, Hq // Hk,
-            lse_ptr, delta_ptr, alibi_ptr,
-            kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
-            T, Hq, D, scale, softcap, unit,
-            STRIP, block_d, wide // STRIP, tma, capped, biased, True, 1,
-        )  # fmt: skip
+    for dead in tl.static_range(2):
+        if dead:
+            stop = tl.where(dead_tiles > 0, stop, begin)
+        for first in tl.range(begin, stop, LANES, num_stages=1):
+            bits, masked, count, others = walk(
+                tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, True, dead
+            )
+            dead_tiles += others
+            dk_acc, dv_acc = _visit_queries(
+                dk_acc, dv_acc, k_tile, v_tile, k_live,
+                q_strip if dead else q, do_strip if dead else do, dq_strip if dead else dq,
+                bits, masked, count, first, j, k_pos, hk, Hq // Hk,
+                lse_ptr, delta_ptr, alibi_ptr,
+                kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
+                T, Hq, D, scale, softcap, unit,
+                block_s if dead else block_n, block_d, wide // (block_s if dead else block_n), tma,
+                capped, biased, dead, 1 if dead else stages,
+            )  # fmt: skip
 
     # --- 3. epilogue
     dk_acc = zero_dead(dk_acc * scale, kv_start_ptr, kv_end_ptr, j, T)
@@ -313,6 +315,27 @@ def _hybrid_attention_dkdv_kernel(
     # --- 4. store
     store_tile(dk, dk_acc, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
     store_tile(dv, dv_acc, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+
+
+@triton.jit
+def _hybrid_attention_round_kernel(
+    sums, dq,  # [T, Hq, D]: float32, and rounded
+    kv_start_ptr, kv_end_ptr,
+    T, Hq, D, scale,
+    block_m: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    mi, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
+    m = mi * block_m + tl.arange(0, block_m)
+
+    # --- 2. main loop
+    tile = load_tile(sums, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
+
+    # --- 3. epilogue
+    tile = zero_dead(tile * scale, kv_start_ptr, kv_end_ptr, m, T)
+
+    # --- 4. store
+    store_tile(dq, tile, h, mi * block_m, T, Hq, D, block_m, block_d, tma)
 
 
 def _fake_backward(q, k, v, o, lse, alibi, plan, do, dlse, scale, softcap, config):
@@ -334,7 +357,8 @@ def backward(
     softcap: float,
     config: list[int],
 ) -> list[Tensor]:
-    """[dq, dk, dv]; any strides. config: the fields of a Config for dq, then of one for dk, dv."""
+    """[dq, dk, dv]; any strides. config: the fields of a Config for dk and dv, then of one for dq;
+    without the second, the kernel of dk and dv adds to dq on its way, in no order."""
     (T, Hq, D), Hk = q.shape, k.shape[1]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if 0 in (T, Hq):
@@ -345,26 +369,40 @@ def backward(
     padded_lse = (Hq, 128 * len(q_order))
     lse_2, delta = (q.new_empty(padded_lse, dtype=torch.float32) for _ in range(2))
     block_d, tma, numbers = _lib.power_of_2(D), _lib.has_tma(), (T, Hq, Hk, D, scale, softcap)
+    of_rows = (2 * len(q_order) * Hq,)
     with _lib.on_device(q):
         _lib.check_gpu()
-        _hybrid_attention_delta_kernel[(2 * len(q_order) * Hq,)](
+        _hybrid_attention_delta_kernel[of_rows](
             operand(o, 64, block_d), operand(do, 64, block_d), lse, dlse, lse_2, delta,
             kv_start, kv_end,
             T, Hq, D, 64, block_d, tma, num_warps=4,
         )  # fmt: skip
-        for kernel, staying, passing, gradients, of_rows, order, heads, tiling in (
-            (_hybrid_attention_dq_kernel, (q, do), (k, v), (dq,), (noise_id,),
-             q_order, Hq, config[:4]),
-            (_hybrid_attention_dkdv_kernel, (k, v), (q, do), (dk, dv), (q_start, q_end),
-             k_order, Hk, config[4:]),
-        ):  # fmt: skip
-            block_m, block_n, stages, warps = tiling
-            kernel[(len(order) * (128 // block_m) * heads,)](
-                *(operand(x, block_m, block_d) for x in staying),
-                *(operand(x, size, block_d) for size in (block_n, STRIP.value) for x in passing),
-                *(operand(x, block_m, block_d) for x in gradients),
-                lse_2, delta, alibi, kv_start, kv_end, *of_rows, token_pos, tiles, order, *numbers,
-                block_m, block_n, block_d, stages, softcap > 0, tma,
-                num_warps=warps, num_stages=stages,
+        (block_m, block_n, stages, warps), of_dq = config[:4], config[4:]
+        sums, block_s = None, STRIP.value
+        if not of_dq:  # wgmma makes at least 64 rows of it at once
+            sums, block_s = q.new_zeros(q.shape, dtype=torch.float32), 64
+        _hybrid_attention_dkdv_kernel[(len(k_order) * (128 // block_m) * Hk,)](
+            operand(k, block_m, block_d), operand(v, block_m, block_d),
+            *(operand(x, size, block_d, adds=x is sums)
+              for size in (block_n, block_s) for x in (q, do, sums)),
+            operand(dk, block_m, block_d), operand(dv, block_m, block_d),
+            lse_2, delta, alibi, kv_start, kv_end, q_start, q_end, token_pos, tiles, k_order,
+            *numbers, block_m, block_n, block_s, block_d, stages, softcap > 0, tma,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if not of_dq:
+            _hybrid_attention_round_kernel[of_rows](
+                operand(sums, 64, block_d), operand(dq, 64, block_d), kv_start, kv_end,
+                T, Hq, D, scale, 64, block_d, tma, num_warps=4,
             )  # fmt: skip
+            return [dq, dk, dv]
+        block_m, block_n, stages, warps = of_dq
+        _hybrid_attention_dq_kernel[(len(q_order) * (128 // block_m) * Hq,)](
+            operand(q, block_m, block_d), operand(do, block_m, block_d),
+            *(operand(x, size, block_d) for size in (block_n, STRIP.value) for x in (k, v)),
+            operand(dq, block_m, block_d),
+            lse_2, delta, alibi, kv_start, kv_end, noise_id, token_pos, tiles, q_order,
+            *numbers, block_m, block_n, block_d, stages, softcap > 0, tma,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return [dq, dk, dv]

@@ -1,12 +1,13 @@
 """What the three walks over tiles share: which tiles, whose pairs, what scores, from where.
 
     bounds    of the tile that stays, from the plan: six numbers
-    walk      which of the next 32 tiles to visit, as bits: clear ones need no mask, some a mask,
-              and those with dead tokens zeros too, as 0 * NaN is NaN
+    walk      which of the next 32 tiles to visit, as bits: clear ones need no mask, some a mask;
+              those with dead tokens, apart, need zeros too, as 0 * NaN is NaN
     lowest    the next of them
     visible   the pairs of two tiles, where a mask is needed
     scores    scale, soft cap and ALiBi
-    load_tile, store_tile    rows of one head, by TMA or by pointers; zeros beyond the edges
+    load_tile, store_tile, add_tile
+              rows of one head, by TMA or by pointers; beyond the edges are zeros
 
 Twin: pallas_kernels/hybrid_attention_tiles.py.
 """
@@ -45,13 +46,14 @@ def bounds(tiles_ptr, i, T, pair: tl.constexpr):
 @triton.jit
 def walk(
     tiles_ptr, stays, at, first, last, T,
-    block_m: tl.constexpr, block_n: tl.constexpr, of_queries: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, of_queries: tl.constexpr, dead: tl.constexpr,
 ):  # fmt: skip
-    """(bits, masked, dead, counts) of the tiles first .. last, LANES at most.
+    """(bits, masked, count, others) of the tiles first .. last, LANES at most.
 
     stays: the bounds of the tile that stays, block_m rows from row `at` on. of_queries: that tile
-    holds keys, and queries pass by. bits: tiles with a pair that sees, and no dead token; masked:
-    those of them that need a mask; dead: the others. counts: how many bits, 256 * how many dead.
+    holds keys, and queries pass by. bits: tiles with a pair that sees, those with dead tokens if
+    `dead`, else the rest; masked: those of them that need a mask; count: how many bits; others: how
+    many tiles with such a pair have none.
     """
     lane = tl.arange(0, LANES)
     i = first + lane
@@ -69,12 +71,12 @@ def walk(
     visit = (i < last) & (q_low < key + width) & (q_most > key) & ~foreign
     own = (k_loud < 0) | (noise & (q_quiet == k_quiet) & (q_loud == k_quiet))
     clear = (q_top <= key) & (q_least >= key + width) & own
-    alive = other[2] > 0
+    chosen = visit & (other[2] <= 0 if dead else other[2] > 0)
     bit = tl.full((LANES,), 1, tl.int32) << lane
-    masked = tl.sum(tl.where(visit & alive & ~clear, bit, 0), 0)
-    dead = tl.sum(tl.where(visit & ~alive, bit, 0), 0)
-    counts = tl.sum(tl.where(visit, tl.where(alive, 1, 256), 0), 0)
-    return tl.sum(tl.where(visit & alive, bit, 0), 0), masked, dead, counts
+    bits = tl.sum(tl.where(chosen, bit, 0), 0)
+    masked = bits if dead else tl.sum(tl.where(chosen & ~clear, bit, 0), 0)
+    counts = tl.sum(tl.where(visit, tl.where(chosen, 1, 256), 0), 0)
+    return bits, masked, counts % 256, counts // 256
 
 
 @triton.jit
@@ -169,6 +171,17 @@ def store_tile(
         tl.store(at, tile, mask=(r[:, None] < T) & (d[None, :] < D))
 
 
+@triton.jit
+def add_tile(x, tile, h, row, T, H, D, block_r: tl.constexpr, block_d: tl.constexpr):
+    """x[row : row + block_r, h] += tile, both float32, while others add to it too."""
+    if isinstance(x, tl.tensor_descriptor):
+        x.atomic_add([h, row, 0], tile.reshape(1, block_r, block_d))
+    else:
+        r, d = row + tl.arange(0, block_r), tl.arange(0, block_d)
+        at = x + (r.to(tl.int64)[:, None] * H + h) * D + d[None, :]
+        tl.atomic_add(at, tile, mask=(r[:, None] < T) & (d[None, :] < D), sem="relaxed")
+
+
 def readable(x: Tensor) -> Tensor:
     """x [T, H, D] itself if TMA can address its rows, with any strides of T and H; else a copy."""
     strides = [s * x.element_size() for s in x.stride()[:2]]
@@ -179,9 +192,12 @@ def readable(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def operand(x: Tensor, block_r: int, block_d: int) -> TensorDescriptor | Tensor:
-    """What load_tile and store_tile take: tiles of one head of x [T, H, D], padded to block_d."""
-    if not _lib.has_tma():
+def operand(
+    x: Tensor | None, block_r: int, block_d: int, *, adds: bool = False
+) -> TensorDescriptor | Tensor | None:
+    """What load_tile and store_tile take, or add_tile: tiles of one head of x [T, H, D], padded to
+    block_d. TMA of the interpreter cannot add."""
+    if x is None or not _lib.has_tma() or (adds and _lib.INTERPRETING):
         return x
     return TensorDescriptor.from_tensor(x.transpose(0, 1), [1, block_r, block_d])
 
