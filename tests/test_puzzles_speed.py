@@ -614,6 +614,7 @@ def test_solutions_compiled_and_cheats_in_a_real_race():
     )  # fmt: skip
     seen = json.loads(done.stdout.splitlines()[-1])
     assert {*seen["solutions"].values()} == {"pass"}, seen["solutions"]
-    assert seen["cheats"].pop("honest") == seen["cheats"].pop("side_stream") == "timed"
-    assert seen["ratios"]["side_stream"] < 1.1 * seen["ratios"]["honest"]  # all its time counts
-    assert "timed" not in seen["cheats"].values()
+    cheats = seen["cheats"]
+    (honest, fair), (beside, ratio) = (cheats.pop(name) for name in ("honest", "side_stream"))
+    assert honest == beside == "timed" and ratio < 1.1 * fair  # on any stream all its time counts
+    assert "timed" not in {state for state, _ in cheats.values()}
