@@ -27,7 +27,6 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +43,6 @@ OUTCOME = "application/vnd.kernel-parity.outcome+json"  # what build.py reads fr
 DEVICE = "NVIDIA H200"  # whose committed rows are shown where there is no GPU
 SEED = 7
 QUIZ = ROOT / "notebooks" / "quiz.toml"
-WIDE = 96  # columns of what is said
 
 
 @dataclass
@@ -370,8 +368,7 @@ def _checked(problem: Any, work: Any, kernels: Mapping[str, Callable]) -> dict[s
     found = {}
     for c in checks:
         if c.impl == "pallas" and out:
-            detail = "it waits for ever: a barrier gets fewer arrivals than it waits for"
-            found[c.impl] = Answer(c.impl, False, "timeout", detail, work.name)
+            found[c.impl] = Answer(c.impl, False, "timeout", _tracer.WAITS, work.name)
         elif not c.ok:
             detail = _told(c, kernels[c.impl], problem, work)
             found[c.impl] = Answer(c.impl, False, c.reason, detail, work.name)
@@ -400,29 +397,10 @@ def _told(c: Any, fn: Callable, problem: Any, work: Any) -> str:
         try:
             language.run(fn, [language.native(x) for x in arrays.values()], dict(work.options))
         except Exception as error:
-            return _traced(error)
+            return _tracer.sentence(error)
     told, detail = c.diagnosis or {}, c.detail.removeprefix("DataRace: RACE: ")
     detail = re.sub(r"\b\d{5,}\.py:(\d+)", r"line \1 of its cell", detail)  # IPython's own name
     return "; ".join(filter(None, (detail, told.get("because") or told.get("where"))))
-
-
-def _traced(error: BaseException) -> str:
-    """An exception in a sentence, with the line of the notebook that it came from."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    # jax hands on what a kernel raised as text: the last line of a traceback in it says what it was
-    inner = [line for line in lines[1:] if re.match(r"\w+(Error|Exception): ", line)]
-    first = inner[-1] if inner else f"{type(error).__name__}: {lines[0]}"
-    if not inner and first.endswith(":"):  # what differs stands in the next line
-        first += " " + next(filter(None, (line.strip(" *") for line in lines[1:])), "")
-    first = first.rstrip(".: ")
-    if "TracerBoolConversionError" in first:
-        first += " (if, and, max and the like cannot ask a value inside a kernel: jnp.where can)"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "ipykernel" in frame.filename or "ipython-input" in frame.filename:
-            return f"{first}; at `{(frame.line or '').strip()}`"
-    return first
 
 
 def _draw(problem: Any, work: Any) -> dict[str, Any]:
@@ -447,7 +425,7 @@ def _watched(problem: Any, work: Any, fn: Callable[..., Any]) -> Answer | None:
                 detail = f"program {lost.program} {verb} addresses outside the arrays it was given"
                 detail += ": mask those lanes"
                 return Answer("triton", False, "past_the_end", detail, work.name)
-            return Answer("triton", False, "crash", _traced(error), work.name)
+            return Answer("triton", False, "crash", _tracer.sentence(error), work.name)
     if seen.beside:
         detail = f"a store went past the end of {seen.beside[0]}"
         return Answer("triton", False, "past_the_end", detail, work.name)
@@ -525,7 +503,10 @@ def _number(x: Any) -> str:
 
 
 def _say(text: str, outcome: Mapping[str, Any] | None = None) -> None:
-    lines = (textwrap.wrap(line, WIDE, subsequent_indent="  ") or [""] for line in text.split("\n"))
+    lines = (
+        textwrap.wrap(line, _tracer.WIDE, subsequent_indent="  ") or [""]
+        for line in text.split("\n")
+    )
     text = "\n".join(part for line in lines for part in line)
     data: dict[str, Any] = {"text/plain": text}
     if outcome is not None:

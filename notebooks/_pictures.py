@@ -421,7 +421,10 @@ def truth_table(
                 alpha=alpha, linewidth=0)  # fmt: skip
             sheet.words(left + (j + 0.5) * wide, y + high / 2, word or kind, ha="center",
                         size=SMALL, weight=700 if colour == "bad" else 400)  # fmt: skip
-        told = (f"{c} {cell or 'nothing'}" for c, cell in zip(columns, cells, strict=True))
+        told = (
+            f"{c} {cell.removeprefix(': ') or 'nothing'}"
+            for c, cell in zip(columns, cells, strict=True)
+        )
         said.append(f"{label}: {', '.join(told)}")
     if note:
         sheet.words(0, height - 7, note, size=SMALL, color=INK["faint"])

@@ -6,6 +6,9 @@ the same fields, so that one picture can show either language.
 
 import contextlib
 import inspect
+import re
+import textwrap
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PATIENCE = 30.0  # seconds for small kernels in an interpreter
+WAITS = "it waits for ever: a barrier gets fewer arrivals than it waits for"
+WIDE = 96  # columns of what is said
+
+
+class Broken(RuntimeError):
+    """A kernel raised. A notebook shows the sentence, not the frameworks' hundred frames."""
+
+    def _render_traceback_(self) -> list[str]:
+        return textwrap.wrap(f"The kernel failed: {self}.", WIDE, subsequent_indent="  ")
 
 
 class Touch(NamedTuple):
@@ -46,11 +58,13 @@ def trace(fn: Callable[..., Any], *arrays: Any, **options: Any) -> Trace:
     """Calls fn(*arrays, **options) and notes what its kernels load and store.
 
     arrays: all torch tensors, or all jax arrays. Keep them small: a touch is kept for every load.
+    Raises Broken where a kernel raises.
     """
     names = [p for p in inspect.signature(fn).parameters][: len(arrays)]
-    if type(arrays[0]).__module__.startswith("torch"):
-        return _triton(fn, names, arrays, options)
-    return _pallas(fn, names, arrays, options)
+    with _told():
+        if type(arrays[0]).__module__.startswith("torch"):
+            return _triton(fn, names, arrays, options)
+        return _pallas(fn, names, arrays, options)
 
 
 def _triton(fn: Callable[..., Any], names: list[str], arrays: Sequence, options: dict) -> Trace:
@@ -76,18 +90,48 @@ def guarded(fn: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """fn(*arrays, **options) where a wrong kernel does no harm.
 
     Triton: tensors that it is given are copies, and they and those it makes lie between guard
-    bands. Pallas: a kernel that waits for ever is given up.
+    bands. Pallas: a kernel that waits for ever is given up. Raises Broken for it, and where a
+    kernel raises.
     """
     if not type(arrays[0]).__module__.startswith("torch"):
         import jax
 
         from parity.frameworks import mosaic_interpreter
 
-        with mosaic_interpreter.patience(PATIENCE):
+        with mosaic_interpreter.patience(PATIENCE) as late, _told(late):
             return jax.block_until_ready(fn(*arrays, **options))
-    with _banded(arrays) as args:
+    with _told(), _banded(arrays) as args:
         out = fn(*args, **options)
     return out.clone() if hasattr(out, "clone") else tuple(x.clone() for x in out)
+
+
+@contextlib.contextmanager
+def _told(late: Sequence[bool] = ()) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise Broken(WAITS if late else sentence(error)) from None
+
+
+def sentence(error: BaseException) -> str:
+    """An exception in a sentence, with the line of the notebook that it came from."""
+    chain = [error]
+    while (error := chain[0]).__cause__ is not None:
+        chain.insert(0, error.__cause__)
+    lines = str(error).strip().splitlines() or [""]
+    # jax hands on what a kernel raised as text: the last line of a traceback in it says what it was
+    inner = [line for line in lines[1:] if re.match(r"\w+(Error|Exception): ", line)]
+    first = inner[-1] if inner else f"{type(error).__name__}: {lines[0]}"
+    if not inner and first.endswith(":"):  # what differs stands in the next line
+        first += " " + next(filter(None, (line.strip(" *") for line in lines[1:])), "")
+    first = first.rstrip(".: ")
+    if "TracerBoolConversionError" in first:
+        first += " (if, and, max and the like cannot ask a value inside a kernel: jnp.where can)"
+    frames = (f for e in chain for f in reversed(traceback.extract_tb(e.__traceback__)))
+    for frame in frames:
+        if "ipykernel" in frame.filename or "ipython-input" in frame.filename:
+            return f"{first}; at `{(frame.line or '').strip()}`"
+    return first
 
 
 @contextlib.contextmanager

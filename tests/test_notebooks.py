@@ -228,6 +228,25 @@ def test_a_stray_access_is_stopped_before_it_happens(tmp_path: Path):
     assert not memory.any()
 
 
+@pytest.mark.parametrize(
+    ("wait", "says"),
+    [
+        ("plgpu.barrier_wait()", "TypeError: .*missing 1 required"),
+        ("plgpu.barrier_wait(arrived)\n    plgpu.barrier_wait(arrived)", "waits for ever"),
+    ],
+)
+def test_a_broken_kernel_is_told_in_a_sentence(
+    wait: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_tracer, "PATIENCE", 2.0)
+    edits = {"pallas": [["plgpu.barrier_wait(arrived)", wait]]}
+    module = answers("02", "double", edits, tmp_path)
+    with pytest.raises(_tracer.Broken, match=says) as raised:
+        _tracer.guarded(module.double_pallas, module.jnp.zeros(128))
+    told = raised.value._render_traceback_()
+    assert told[0].startswith("The kernel failed: ") and len(told) <= 2
+
+
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What _course displays from now on."""
     outputs: list[dict] = []
