@@ -129,6 +129,8 @@ def mask_off_by_one(c: Case, by: int = 1) -> Any:
 
 def reduced_input(c: Case) -> str | None:
     """The input over whose last axis the forward sums."""
+    if c.problem.family == "scan":  # sums over time
+        return None
     name = {"matmul": "a", "hybrid_attention": "q"}.get(c.problem.stem, "x")
     return name if c.which == "fwd" else None
 
@@ -256,8 +258,8 @@ def library_call(kernel: Kernel, twin: Any, library: Callable[..., Any] | None) 
         out, res = kernel.fwd(*inputs, **options)
         if library is not None:
             return library(*inputs, **options), res
-        first, *rest = out if isinstance(out, tuple) else (out,)
-        return ((first * 1, *rest) if rest else first * 1), res
+        *others, last = out if isinstance(out, tuple) else (out,)
+        return ((*others, last * 1) if others else last * 1), res
 
     return replace(kernel, fwd=fwd)
 
@@ -278,7 +280,7 @@ def differs_between_runs(kernel: Kernel, twin: Any, library: Callable[..., Any] 
         runs[0] += 1
         out, res = kernel.fwd(*inputs, **options)
         first = out[0] if isinstance(out, tuple) else out
-        first[0, 0] *= 1 + runs[0] * 2.0**-9
+        first[0, 0] = first[0, runs[0]]  # codes know no multiplication
         return out, res
 
     return replace(kernel, fwd=fwd)

@@ -16,7 +16,7 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 
-PASSES = ("fwd", "bwd", "dw", "plan", "blocks", "cols")
+PASSES = ("fwd", "bwd", "dw", "plan", "blocks", "cols", "int8", "e4m3")
 # a problem has the first, most the second, others as `further` says
 
 NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
