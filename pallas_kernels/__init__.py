@@ -8,10 +8,16 @@ from typing import Any
 __all__ = [
     "HybridMeta",
     "HybridPlan",
+    "fp8_quantize_blocks",
+    "fp8_quantize_cols",
+    "fp8_quantize_rows",
     "grouped_gemm",
     "grouped_gemm_dw",
+    "hadamard_quantize",
+    "hadamard_rotate",
     "hybrid_attention",
     "hybrid_plan",
+    "int8_quantize",
     "matmul",
     "rms_norm",
     "softmax",
@@ -20,8 +26,13 @@ __all__ = [
 _FILE = {
     "HybridMeta": "hybrid_attention",
     "HybridPlan": "hybrid_attention",
+    "fp8_quantize_blocks": "fp8_quantize",
+    "fp8_quantize_cols": "fp8_quantize",
+    "fp8_quantize_rows": "fp8_quantize",
     "grouped_gemm": "moe_gemm",
     "grouped_gemm_dw": "moe_gemm",
+    "hadamard_quantize": "hadamard",
+    "hadamard_rotate": "hadamard",
     "hybrid_plan": "hybrid_attention",
 }
 
