@@ -52,6 +52,7 @@ from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import llvm
 
 from . import _lib
+from .int4_matmul_quantize import quantized
 from .matmul import matmul_fwd
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -120,9 +121,7 @@ def default_split(M: int, N: int, K: int) -> int:
     More would be written and read again for nothing. Sums of the slices round differently, so that
     this depends on the sizes alone, not on the Config.
     """
-    if M > 64:
-        return 1
-    tiles = _lib.cdiv(N, 256)
+    tiles = _lib.cdiv(N, 256) * _lib.cdiv(M, 128)
     # No slice of fewer than 4 steps, which would be all prologue.
     return max(1, min(_lib.cdiv(106, tiles), _lib.cdiv(K, BLOCK_K) // 4))
 
@@ -412,6 +411,32 @@ def _int4_dequantize_kernel(*refs: Any, group: int, zeros: bool) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+def int4_quantize(
+    w: jax.Array, *, group: int = 128, symmetric: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Weights in four bits, in the order of files; one launch and one read of w, no gradient.
+
+    w: [N, K], bfloat16 or float16.
+    group: 32, 64, 128 or 256 neighbours along K share a scale and a zero point.
+    symmetric: scale = max |w| / 7 and 8 as zero point. Otherwise the range from lo = min(w, 0) to
+        hi = max(w, 0) is covered: scale = (hi - lo) / 15, zero = clip(rint(-lo / scale), 0, 15).
+
+    Returns (w_packed [N, K / 2] uint8, w_scale [N, K / group] in w's dtype, w_zero [N, 4 *
+    ceil(K / group / 8)] uint8, or None if symmetric): what int4_prepack takes.
+
+    All zeros, or a scale too small for its dtype: scale 1. A NaN, an infinity or a range too large:
+    the scale is NaN or infinity and every code the zero point (8, or 0 where not symmetric).
+
+    Raises ValueError for a wrong rank, another group or one that does not divide K and TypeError
+    for a wrong dtype or keyword.
+    """
+    _lib.check_array("w", w, ("N", "K"), DTYPES)
+    _check_group(group, w.shape[1])
+    _lib.check_static("symmetric", symmetric, (bool,))
+    packed, scale, *zero = quantized(w, group, symmetric)
+    return packed, scale, None if symmetric else zero[0]
+
+
 def int4_prepack(
     w_packed: jax.Array, w_scale: jax.Array, w_zero: jax.Array | None = None, *, group: int = 128
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -688,13 +713,19 @@ def _check(
             )
 
 
+def _check_group(group: int, K: int) -> None:
+    _lib.check_static("group", group, (int,))
+    if group not in GROUPS:
+        raise ValueError(f"group: expected 32, 64, 128 or 256, got {group}")
+    if K % group:
+        raise ValueError(f"group: expected {group} to divide K = {K}")
+
+
 def _check_weights(
     w_packed: Any, w_scale: Any, w_zero: Any, group: int, x: Any
 ) -> tuple[int, int, bool]:
     """(N, K, whether they are prepacked)"""
-    _lib.check_static("group", group, (int,))
-    if group not in GROUPS:
-        raise ValueError(f"group: expected 32, 64, 128 or 256, got {group}")
+    _check_group(group, 0)
     prepacked = len(getattr(w_packed, "shape", ())) == 3
     codes = (jnp.int16 if prepacked else jnp.uint8,)
     shape = ("ceil(K / 256)", "N", PLANE) if prepacked else ("N", "K / 2")
@@ -708,8 +739,7 @@ def _check_weights(
         K = w_scale.shape[0] * group
     else:
         K = w_packed.shape[1] * 2
-    if K % group:
-        raise ValueError(f"group: expected {group} to divide K = {K}")
+    _check_group(group, K)
     groups = K // group
     packed = (_lib.cdiv(K, BLOCK_K), N, PLANE) if prepacked else (N, K // 2)
     _lib.check_array("w_packed", w_packed, packed, codes)

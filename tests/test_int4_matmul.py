@@ -8,7 +8,7 @@ from parity import formats
 from parity.problems.int4_matmul import BLOCK_K, PROBLEM
 from parity.spec import Arithmetic
 
-CI = [w for w in PROBLEM.workloads if "ci" in w.tags]
+CI = [w for w in PROBLEM.workloads if "ci" in w.tags and "fwd" in w.passes]
 CANONICAL = PROBLEM.workload("ci")
 
 
@@ -96,9 +96,23 @@ def _same_product(w, N, K, G, arrays):
     assert np.allclose(y, x.astype(np.float64) @ w.T, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["ci_quantize", "ci_quantize_groups_of_32"])
+def test_the_oracle_of_the_quantizer_is_the_format(name):
+    work = PROBLEM.workload(name)
+    w = PROBLEM.inputs(work)["w"].draw(np.random.default_rng(3))
+    w[0, : work["G"]] = 0
+    w[1, : work["G"]] = np.abs(w[1, : work["G"]])
+    want = formats.int4_quantize(w, group=work["G"], symmetric=False)
+    got = PROBLEM.further["plan"].oracle(Arithmetic.truth(xp), work, w)
+    for y, r, spec in zip(got, want, PROBLEM.results(work, "plan").values(), strict=True):
+        assert spec.exact and (spec.shape, spec.dtype) == (r.shape, r.dtype.name)
+        assert np.array_equal(y, r.astype(np.float64))
+
+
 def test_sums_of_the_probe_are_exact_in_float32():
-    for work in PROBLEM.workloads:
+    for work in (w for w in PROBLEM.workloads if "fwd" in w.passes):
         probe = PROBLEM.probe(work)
+        assert probe is not None
         x, scale = probe["x"], probe["w_scale"]
         weight = 15 * max(-scale.low, scale.high)
         assert weight < 1 << 8  # bfloat16 has 8 bits
@@ -122,3 +136,4 @@ def test_the_workloads_of_the_issue_are_there():
     assert names >= {f"llama70b_down_m{M}" for M in (1, 8, 16, 64, 256, 4096)}
     assert names >= {"llama8b_qkv_m1", "llama8b_qkv_m16"}
     assert names >= {f"llama8b_up_m{M}" for M in (1, 16, 256)}
+    assert names >= {"int4_quantize_8192x8192", "int4_quantize_4096x14336"}

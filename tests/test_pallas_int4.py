@@ -21,6 +21,7 @@ from pallas_kernels.int4_matmul import (
     int4_matmul_bwd,
     int4_matmul_fwd,
     int4_prepack,
+    int4_quantize,
 )
 from parity import formats
 from parity.frameworks import mosaic_interpreter
@@ -80,6 +81,11 @@ BIAS = jnp.zeros(16, jnp.bfloat16)
         (lambda: int4_matmul(X, PACKED, SCALE, bias=BIAS[1:]), ValueError, "bias: expected shape"),
         (lambda: int4_matmul(X, PACKED, SCALE, config=1), TypeError, "config: expected .*Config"),
         (lambda: int4_prepack(*int4_prepack(PACKED, SCALE)), ValueError, "w_packed: .*prepacked"),
+        (lambda: int4_quantize(X[0]), ValueError, r"w: expected shape \[N, K\], got"),
+        (lambda: int4_quantize(X, group=96), ValueError, "group: expected 32, 64, 128 or 256"),
+        (lambda: int4_quantize(X[:, :64]), ValueError, "group: expected 128 to divide K = 64"),
+        (lambda: int4_quantize(X.astype("float32")), TypeError, "w: expected dtype bfloat16 or f"),
+        (lambda: int4_quantize(X, symmetric=None), TypeError, "symmetric: expected a Python bool"),
         (lambda: Config(block_m=24), ValueError, "block_m: expected one of"),
         (lambda: Config(block_n=192), ValueError, "block_n: expected a multiple of 64 rows"),
         (lambda: Config(block_n=192, warpgroups=3), ValueError, "block_n: .* multiple of 128"),
@@ -90,6 +96,36 @@ BIAS = jnp.zeros(16, jnp.bfloat16)
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def _odd_ones(w, group):
+    """Zeros, a NaN, infinities, one sign alone, and a range too large for float16."""
+    w[0, :group] = 0
+    w[1, 3] = np.nan
+    w[2, -1], w[2, 0] = np.inf, -np.inf
+    w[3] = np.abs(w[3])
+    w[4, :group], w[4, 0] = 65504, -65504
+    return w
+
+
+@pytest.mark.parametrize(
+    ("K", "group", "dtype", "symmetric"),
+    [
+        (512, 32, "float16", True), (576, 64, "bfloat16", False),
+        (1280, 128, "bfloat16", False), (1280, 128, "float16", True), (256, 256, "float16", False),
+    ],
+)  # fmt: skip
+def test_quantizing_is_the_format_bit_for_bit(K, group, dtype, symmetric):
+    rng = np.random.default_rng(K)
+    w = rng.standard_normal((7, K)) * rng.choice([1e-4, 1, 100], (7, 1))
+    w = _odd_ones(w.astype(jnp.dtype(dtype)), group)
+    want = formats.int4_quantize(w, group=group, symmetric=symmetric)
+    run = jax.jit(lambda w: int4_quantize(w, group=group, symmetric=symmetric))
+    for y, r in zip(run(jnp.asarray(w)), want, strict=True):
+        assert (y is None) == (r is None)
+        if r is not None:
+            assert y.dtype == r.dtype
+            assert np.array_equal(y, r, equal_nan=r.dtype != np.uint8)
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(0, 16, 256), (3, 0, 256), (3, 16, 0)])

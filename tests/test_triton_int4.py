@@ -85,6 +85,14 @@ BAD = [
     (lambda: call(bias=normal(15)), ValueError, r"bias: expected shape \[16\]"),
     (lambda: call(bias=normal(16, dtype=FLOAT)), TypeError, "bias: expected dtype float16"),
     (lambda: call(config=3), TypeError, "config: .*Config or None"),
+    (lambda: INT4.int4_quantize(normal(3)), ValueError, r"w: expected shape \[N, K\], got \[3\]"),
+    (lambda: INT4.int4_quantize(normal(3, 64)), ValueError, "group: expected 128 to divide K = 64"),
+    (lambda: INT4.int4_quantize(normal(3, 64, dtype=FLOAT)), TypeError, "w: expected dtype bfloa"),
+    (
+        lambda: INT4.int4_quantize(normal(3, 128), symmetric=1),
+        TypeError,
+        "symmetric: expected a Python bool",
+    ),
     (lambda: INT4.Config(block_n=48), ValueError, "block_n: expected a power of two >= 16"),
     (lambda: INT4.Config(block_m=4), ValueError, "block_m: expected a power of two >= 8"),
     (
@@ -107,7 +115,39 @@ def test_bad_input_names_the_argument(case):
         bad()
 
 
+def _odd_ones(w, group):
+    """Zeros, a NaN, infinities, one sign alone, and a range too large for float16."""
+    w[0, :group] = 0
+    w[1, 3] = np.nan
+    w[2, -1], w[2, 0] = np.inf, -np.inf
+    w[3] = np.abs(w[3])
+    w[4, :group], w[4, 0] = 65504, -65504
+    return w
+
+
+@pytest.mark.filterwarnings("ignore:(invalid|divide|overflow).*:RuntimeWarning")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("K", "group"), [(512, 32), (576, 64), (1280, 128), (256, 256)])
+def test_quantizing_is_the_format_bit_for_bit(K, group, symmetric):
+    rng = np.random.default_rng(K)
+    w = rng.standard_normal((7, K)) * rng.choice([1e-4, 1, 100], (7, 1))
+    w = _odd_ones(w.astype(np.float16), group)
+    want = formats.int4_quantize(w, group=group, symmetric=symmetric)
+    wide = torch.full((7, K + 8), torch.nan, dtype=HALF, device=DEVICE)
+    wide[:, 8:] = torch.from_numpy(w)
+    for given in (torch.from_numpy(w).to(DEVICE), wide[:, 8:]):
+        for y, r in zip(
+            INT4.int4_quantize(given, group=group, symmetric=symmetric), want, strict=True
+        ):
+            assert (y is None) == (r is None)
+            if r is not None:
+                assert y.cpu().numpy().dtype == r.dtype
+                assert np.array_equal(y.cpu().numpy(), r, equal_nan=r.dtype != np.uint8)
+
+
 def test_sizes_of_zero():
+    packed, scale, zero = INT4.int4_quantize(normal(0, 256), symmetric=False)
+    assert (packed.shape, scale.shape, zero.shape) == ((0, 128), (0, 2), (0, 4))
     bias = normal(16)
     for M, N, K in ((0, 16, 256), (3, 0, 256), (3, 16, 0)):
         given = normal(M, K), uint8(N, K // 2), normal(N, K // 128)

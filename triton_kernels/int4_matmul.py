@@ -43,6 +43,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _lib
+from .int4_matmul_quantize import quantized
 from .matmul import matmul_fwd
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -97,11 +98,12 @@ def default_split(M: int, N: int, K: int) -> int:
     More would be written and read again for nothing. Sums of the slices round differently, so that
     this depends on the sizes alone, not on the Config.
     """
-    if M > 64:
-        return 1
-    tiles = _lib.cdiv(N, 64 if M <= 32 else 128)
+    if M <= 64:
+        tiles, enough = _lib.cdiv(N, 64 if M <= 32 else 128), 200
+    else:
+        tiles, enough = _lib.cdiv(N, 256) * _lib.cdiv(M, 128), 106
     # No slice of fewer than 4 steps, which would be all prologue.
-    return max(1, min(_lib.cdiv(200, tiles), _lib.cdiv(K, BLOCK_K) // 4))
+    return max(1, min(_lib.cdiv(enough, tiles), _lib.cdiv(K, BLOCK_K) // 4))
 
 
 # More tokens than these, and it takes less time to write W out once and multiply by that: unpacking
@@ -320,6 +322,33 @@ def _int4_dequantize_kernel(
         tl.store(out_ptr + at, weights, mask=(rows[:, None] < N) & (k[None, :] < K))
 
 
+def int4_quantize(
+    w: Tensor, *, group: int = 128, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights in four bits, in the order of files; one launch and one read of w, no gradient.
+
+    w: [N, K], bfloat16 or float16.
+    group: 32, 64, 128 or 256 neighbours along K share a scale and a zero point.
+    symmetric: scale = max |w| / 7 and 8 as zero point. Otherwise the range from lo = min(w, 0) to
+        hi = max(w, 0) is covered: scale = (hi - lo) / 15, zero = clip(rint(-lo / scale), 0, 15).
+
+    Returns (w_packed [N, K / 2] uint8, w_scale [N, K / group] in w's dtype, w_zero [N, 4 *
+    ceil(K / group / 8)] uint8, or None if symmetric): what int4_prepack takes.
+
+    All zeros, or a scale too small for its dtype: scale 1. A NaN, an infinity or a range too large:
+    the scale is NaN or infinity and every code the zero point (8, or 0 where not symmetric).
+
+    Raises TypeError for dtypes and ValueError for shapes and devices that do not fit, another
+    group or one that does not divide K, naming the argument; NotImplementedError on a GPU older
+    than Ampere.
+    """
+    _lib.check_tensor("w", w, ("N", "K"), DTYPES)
+    _check_group(group, w.shape[1])
+    _lib.check_static("symmetric", symmetric, (bool,))
+    packed, scale, *zero = quantized(w, group, symmetric)
+    return packed, scale, None if symmetric else zero[0]
+
+
 def int4_prepack(
     w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None = None, *, group: int = 128
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -532,13 +561,19 @@ def _check(x, w_packed, w_scale, w_zero, group, split_k, bias, config) -> None:
             )
 
 
+def _check_group(group: int, K: int) -> None:
+    _lib.check_static("group", group, (int,))
+    if group not in GROUPS:
+        raise ValueError(f"group: expected 32, 64, 128 or 256, got {group}")
+    if K % group:
+        raise ValueError(f"group: expected {group} to divide K = {K}")
+
+
 def _check_weights(
     w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None, group: int, x: Tensor | None
 ) -> tuple[int, int, bool]:
     """(N, K, whether they are prepacked)"""
-    _lib.check_static("group", group, (int,))
-    if group not in GROUPS:
-        raise ValueError(f"group: expected 32, 64, 128 or 256, got {group}")
+    _check_group(group, 0)
     prepacked = isinstance(w_packed, Tensor) and w_packed.ndim == 3
     codes = (torch.int16 if prepacked else torch.uint8,)
     shape = ("ceil(K / 256)", "N", PLANE) if prepacked else ("N", "K / 2")
@@ -552,8 +587,7 @@ def _check_weights(
         K = w_scale.shape[0] * group
     else:
         K = w_packed.shape[1] * 2
-    if K % group:
-        raise ValueError(f"group: expected {group} to divide K = {K}")
+    _check_group(group, K)
     groups = K // group
     packed = (_lib.cdiv(K, BLOCK_K), N, PLANE) if prepacked else (N, K // 2)
     _lib.check_tensor("w_packed", w_packed, packed, codes)

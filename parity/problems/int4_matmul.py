@@ -19,6 +19,11 @@ nibble i of word c of block b is k = 256 b + 64 i + c, w_scale [K / G, N] and w_
 [K / G, N], one to a byte. Three dimensions tell that w_packed is prepacked.
 
 Weights are frozen: backward gives dx = dy @ W alone.
+
+The pass "plan" makes weights, once: int4_quantize, w [N, K] -> w_packed, w_scale, w_zero, with
+lo = min(w, 0) and hi = max(w, 0) of each group, the float32 quotients correctly rounded:
+    s = (hi - lo) / 15 in w's dtype, 1 where it is 0       z = clip(rint(-lo / s), 0, 15)
+    q = clip(rint(w / s) + z, 0, 15)                       there is one right answer, bit for bit
 """
 
 from typing import Any
@@ -29,6 +34,7 @@ from parity.spec import (
     Arithmetic,
     Array,
     Cost,
+    Further,
     Integers,
     Normal,
     Problem,
@@ -62,6 +68,12 @@ def _ci(
     )
 
 
+def _quantized(name: str, N: int, K: int, dtype: str, *tags: str, group: int = 128) -> Workload:
+    options = {"group": group, "symmetric": False}
+    sizes = {"M": 0, "N": N, "K": K, "G": group}
+    return Workload(name, sizes, dtype, (*tags, "quantize"), options, OPTIONAL, ("plan",))
+
+
 WORKLOADS = (
     # two tiles of N, the last one ragged; two blocks of K or more, the last one ragged where it can
     _ci("ci", 7, 264, 512, 128, "canonical", "w_zero", "bias", split_k=1),
@@ -77,12 +89,21 @@ WORKLOADS = (
     _layer("llama70b_up_m16_zeros", 16, 28672, 8192, "w_zero", "bias"),
     *(_layer(f"llama70b_up_m16_g{G}", 16, 28672, 8192, group=G) for G in (32, 64, 256)),
     _layer("llama70b_up_m1_float16", 1, 28672, 8192, dtype="float16"),
+    # two words of zero points, the last one ragged
+    _quantized("ci_quantize", 5, 1280, "float16", "ci"),
+    _quantized("ci_quantize_groups_of_32", 3, 416, "float16", "ci", group=32),
+    *(
+        _quantized(f"int4_quantize_{N}x{K}", N, K, "bfloat16", "model", "memory-bound")
+        for N, K in ((8192, 8192), (4096, 14336))
+    ),
 )
 
 
 def inputs(work: Workload) -> dict:
     M, N, K, G = (work[letter] for letter in "MNKG")
     groups, canonical = K // G, "canonical" in work.tags
+    if "quantize" in work.tags:
+        return {"w": Normal((N, K), work.dtype, std=K**-0.5)}
     words = Integers((-(-K // BLOCK_K), N, BLOCK_K // 4), "int16", -(1 << 15), (1 << 15) - 1)
     zero = (N, -(-groups // 8) * 4) if canonical else (groups, N)
     given = {
@@ -104,6 +125,8 @@ def outputs(work: Workload) -> dict[str, Array]:
 
 
 def cotangents(work: Workload) -> dict:
+    if "quantize" in work.tags:
+        return {}
     return {"dy": Normal((work["M"], work["N"]), work.dtype)}
 
 
@@ -164,9 +187,43 @@ def _rows(work: Workload) -> Any:
     return row_blocks(np.empty((work["N"], 0)), (1 << 26) // max(1, work["K"]))
 
 
-def probe(work: Workload) -> dict:
+def _quantized_outputs(work: Workload) -> dict[str, Array]:
+    N, K, groups = work["N"], work["K"], work["K"] // work["G"]
+    return {
+        "w_packed": Array((N, K // 2), "uint8", exact=True),
+        "w_scale": Array((N, groups), work.dtype, exact=True),
+        "w_zero": Array((N, 4 * -(-groups // 8)), "uint8", exact=True),
+    }
+
+
+def oracle_quantize(ar: Arithmetic, work: Workload, w: Any) -> tuple[Any, Any, Any]:
+    xp, (N, K, G) = ar.xp, (work[letter] for letter in "NKG")
+    values = xp.reshape(ar.lift(w), (N, K // G, G))
+    nothing = xp.zeros_like(values[..., 0])
+    lo = xp.minimum(xp.min(values, axis=2), nothing)
+    span = xp.maximum(xp.max(values, axis=2), nothing) - lo
+
+    def share(x: Any, y: Any) -> Any:
+        return ar.rounded(x / y, "float32")
+
+    # a tensor of 15: by a number torch would multiply with its reciprocal
+    scale = share(ar.rounded(span, "float32"), nothing + 15)
+    scale = ar.rounded(scale, work.dtype)
+    scale = xp.where(scale == 0, nothing + 1, scale)
+    zero = xp.clip(xp.round(share(-lo, scale)), 0, 15)
+    code = xp.round(share(values, scale[:, :, None])) + zero[:, :, None]
+    code = xp.reshape(xp.clip(code, 0, 15), (N, K))
+    fill = ar.empty((N, -zero.shape[1] % 8), like=w)
+    fill[...] = 8
+    zero = xp.concat([zero, fill], axis=1)
+    return tuple(x[:, 0::2] + 16 * x[:, 1::2] if x is not scale else x for x in (code, scale, zero))
+
+
+def probe(work: Workload) -> dict | None:
     """|x| and |scale| at most 3 and |q - z| at most 15: sums of 2^16 such products stay below 2^24,
     and their weights, at most 45, are exact in 16 bits."""
+    if "quantize" in work.tags:
+        return None  # its answer is exact for any weights
     drawn = inputs(work) | cotangents(work)
     return {
         name: Integers(d.shape, d.dtype) if isinstance(d, Normal) else d
@@ -176,6 +233,9 @@ def probe(work: Workload) -> dict:
 
 def cost(work: Workload, which: str) -> Cost:
     M, N, K, G = (work[letter] for letter in "MNKG")
+    if which == "plan":  # min, max, divide, round, pack; read w, write the rest
+        scales = N * (K // G) * (work.itemsize + 0.5)
+        return Cost(flops=6 * N * K, bytes=N * K * (work.itemsize + 0.5) + scales)
     zero = 0 if "w_zero" in work.absent else 0.5
     weights = N * K / 2 + N * (K // G) * (work.itemsize + zero)
     bias = N * work.itemsize if which == "fwd" and "bias" not in work.absent else 0
@@ -183,7 +243,7 @@ def cost(work: Workload, which: str) -> Cost:
 
 
 def reduction(work: Workload, name: str) -> int:
-    return {"y": work["K"], "dx": work["N"]}[name]
+    return {"y": work["K"], "dx": work["N"]}.get(name, work["G"])
 
 
 # wrong answers that only four-bit weights can have: see parity.faults
@@ -265,6 +325,15 @@ PROBLEM = Problem(
         "int4pack": "parity.peers.int4:torch_int4pack",
     },
     bwd_options=("group",),
+    further={
+        "plan": Further(
+            "int4_quantize",
+            ("w",),
+            lambda work: dict(work.options),
+            _quantized_outputs,
+            oracle_quantize,
+        )
+    },
     keywords=("bias",),
     faults={
         swapped_nibbles: _NUMERIC,
