@@ -149,4 +149,5 @@ def test_layers_fill_their_batch(name: str):
     work = problem.PROBLEM.workload(name)
     cu, off, _ = problem.meta_of(work)
     assert cu[-1] == off[-1] == work["T"]
-    assert sum(x.nbytes for x in problem.meta_of(work)) < 2048
+    # 241 segments of video take more than a kilobyte
+    assert sum(x.nbytes for x in problem.meta_of(work)) <= (2048 if "video" in name else 1024)
