@@ -423,7 +423,7 @@ def _watched(problem: Any, work: Any, fn: Callable[..., Any]) -> Answer | None:
             if lost := watch.stray:
                 verb = "stores to" if lost.stored else "loads from"
                 detail = f"program {lost.program} {verb} addresses outside the arrays it was given"
-                detail += ": mask those lanes"
+                detail += ": is the mask wrong, or the address?"
                 return Answer("triton", False, "past_the_end", detail, work.name)
             return Answer("triton", False, "crash", _tracer.sentence(error), work.name)
     if seen.beside:
@@ -479,7 +479,8 @@ def _sentence(a: Answer) -> str:
             f"{NAMES[a.twin]}: right on all {a.cases} sizes; {a.launches} launch"
             f"{'es' if a.launches != 1 else ''}, {a.moved:.2f}x the least bytes."
         )
-    return f"{NAMES[a.twin]}: not yet, {a.reason} in {a.where}. {a.detail}."
+    stop = "" if a.detail.endswith("?") else "."
+    return f"{NAMES[a.twin]}: not yet, {a.reason} in {a.where}. {a.detail}{stop}"
 
 
 # The end

@@ -124,7 +124,7 @@ def sentence(error: BaseException) -> str:
     first = inner[-1] if inner else f"{type(error).__name__}: {lines[0]}"
     if not inner and first.endswith(":"):  # what differs stands in the next line
         first += " " + next(filter(None, (line.strip(" *") for line in lines[1:])), "")
-    first = first.rstrip(".: ")
+    first = re.sub(r" of HostAllocationKey\([^)]*\)", "", first).rstrip(".: ")
     if "TracerBoolConversionError" in first:
         first += " (if, and, max and the like cannot ask a value inside a kernel: jnp.where can)"
     frames = (f for e in chain for f in reversed(traceback.extract_tb(e.__traceback__)))

@@ -113,11 +113,12 @@ print(f"dw[3]:    formula {dw[3]:.6f}, finite difference {by_w:.6f}")
 # ## 2. The picture: what waits for what?
 #
 # An arrow says: is needed for. A heavy frame says: a sum over many elements. There are two, in
-# different directions: `mean` along a row, `dw` across all rows.
+# different directions: `mean` along a row, `dw` across all rows. No arrow leads from one to the
+# other.
 
 # %%
-places = {"rstd": (0, 0), "x": (0, 1), "dy": (0, 2), "w": (0, 3), "xh": (1, 0.75), "g": (1, 3),
-          "mean": (2, 1.1), "dx": (3, 0.3), "dw": (3, 2.9)}  # fmt: skip
+places = {"x": (0, 0), "rstd": (0, 1), "dy": (0, 2.2), "w": (0, 3.4), "xh": (0.95, 0.5),
+          "g": (0.95, 3.4), "mean": (1.85, 2.15), "dx": (3, 2), "dw": (3, 0.1)}  # fmt: skip
 course.show(pictures.dependencies(formulas, places))
 
 # %% [markdown]
