@@ -82,7 +82,7 @@ def _scale(top: Any, ue8m0: bool) -> Any:
     scale = jnp.where(top == jnp.inf, jnp.inf, scale)
     if not ue8m0:
         return scale
-    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    bits = lax.bitcast_convert_type(scale, jnp.int32) & 0x7FFFFFFF  # a NaN may have a sign
     power = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
     return jnp.where(bits < 0x7F800000, power, jnp.nan)
 

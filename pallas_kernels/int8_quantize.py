@@ -121,14 +121,16 @@ def _scale(top: Any) -> Any:
     129 / 2^14 and a 127th of 2^-14 (its bits repeat); the product with the first is exact. Below
     float32's normal numbers the scale has the bits of a whole number: top in their unit, by 127.
     """
-    bits = lax.bitcast_convert_type(top, jnp.int32)
-    exponent = jnp.minimum(bits >> 23, 8)
-    units = (bits & 0x7FFFFF) | jnp.where(exponent == 0, 0, 1 << 23)
-    units = lax.div((units << jnp.maximum(exponent - 1, 0)) + 63, jnp.int32(127))
-    tiny = lax.bitcast_convert_type(units, jnp.float32)
-    scale = top * (129 / 2**14) + top * (1 / (127 * 2**14))
-    scale = jnp.where(bits >> 23 < 8, tiny, scale)
-    return jnp.where(scale == 0.0, 1.0, scale)
+    bits = lax.bitcast_convert_type(top, jnp.int32) & 0x7FFFFFFF  # a NaN may have a sign
+    exponent, fraction = bits >> 23, bits & 0x7FFFFF
+    ratio = lax.bitcast_convert_type(fraction | 0x3F800000, jnp.float32)  # 1 to 2
+    ratio = ratio * (129 / 2**14) + ratio * (1 / (127 * 2**14))
+    scale = lax.bitcast_convert_type(ratio, jnp.int32) + ((exponent - 127) << 23)
+    units = fraction | jnp.where(exponent == 0, 0, 1 << 23)
+    units = lax.div((units << jnp.clip(exponent - 1, 0, 7)) + 63, jnp.int32(127))
+    units = jnp.where(units == 0, 0x3F800000, units)
+    scale = lax.bitcast_convert_type(jnp.where(exponent < 8, units, scale), jnp.float32)
+    return jnp.where(exponent == 255, top, scale)
 
 
 def _int8_quantize_kernel(
@@ -295,8 +297,8 @@ def int8_quantize(
     All zeros, or a scale too small for float32: scale 1, codes 0. A NaN or an infinity: the scale
     is NaN or infinity, and the codes of what shares it are 0.
 
-    Raises ValueError for a wrong rank, another axis or a group that does not divide K, TypeError for
-    a wrong dtype, config or keyword.
+    Raises ValueError for a wrong rank, another axis or a group that does not divide K, and
+    TypeError for a wrong dtype, config or keyword.
     """
     _lib.check_array("x", x, ("M", "K"), DTYPES)
     _lib.check_static("axis", axis, (int,))
