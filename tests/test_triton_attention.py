@@ -2,6 +2,8 @@
 
 import importlib
 import os
+from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -17,8 +19,11 @@ if not torch.cuda.is_available():
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from parity.check import check  # noqa: E402
+from parity.frameworks.torch import load  # noqa: E402
 from parity.frameworks.triton_interpreter import launches  # noqa: E402
-from parity.problems.hybrid_attention import PLAN, planned  # noqa: E402
+from parity.problems import PROBLEMS  # noqa: E402
+from parity.problems.hybrid_attention import PLAN, PROBLEM, planned  # noqa: E402
 from triton_kernels import HybridMeta, HybridPlan, _lib, hybrid_attention, hybrid_plan  # noqa: E402
 
 ATTENTION = importlib.import_module("triton_kernels.hybrid_attention")
@@ -388,6 +393,23 @@ def test_the_atomic_variant_differs_in_its_backward_alone():
     assert sum("dq" in name for name in names) == 1 == sum("round" in name for name in names)
     for ours, theirs in zip(*grads, strict=True):
         assert error(ours, theirs.double()) < 1e-3
+
+
+@pytest.mark.parametrize("touched", range(2))
+def test_only_sums_without_order_may_differ_from_run_to_run(touched):
+    kernel, runs, found = load(PROBLEM.implementations["triton"]), count(), []
+
+    def bwd(*args, **options):
+        found[:] = found or kernel.bwd(*args, **options)
+        last_bits = 1 + 2**-11 * (next(runs) % 2)
+        return tuple(x * last_bits if i == touched else x.clone() for i, x in enumerate(found))
+
+    problem, work = replace(PROBLEM, unordered=("dq",)), PROBLEM.workload("ci_alibi")
+    impls = {"triton": replace(kernel, bwd=bwd)}
+    (row,) = check(problem, work, impls=impls, passes=("bwd",), repeats=2)
+    # answers from memory have no witness, and are refused for that alone
+    assert row.reason == ("nondeterministic" if touched else "witness"), row.detail
+    assert all(p.stem.endswith("_atomic") for p in PROBLEMS if p.unordered)
 
 
 def test_only_needed_gradients_and_one_differentiation():
