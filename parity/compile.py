@@ -255,6 +255,7 @@ def _tasks(
                     "options": further.options(workload),
                 }
                 for which, further in problem.further.items()
+                if which in workload.passes
             },
             "options": options,
             "bwd_options": {k: v for k, v in options.items() if k in problem.bwd_options},

@@ -80,7 +80,7 @@ class Config:
 
 def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
     """The Config for a product of these sizes on a Hopper with 132 multiprocessors."""
-    del N, K, dtype
+    del K, dtype
     # Few tokens: small tiles of one warpgroup, four to a multiprocessor: one waits for memory or
     # the tensor cores while another unpacks.
     if M <= 32:
@@ -88,7 +88,10 @@ def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
     # Every tile reads all of x: taller ones, as many tokens as fit twice beside 256 of K.
     if M <= 64:
         return Config(block_m=64, block_n=128, stages=2)
-    # Each tile of tokens unpacks the weights again.
+    # Too few tiles of 256 rows: half of that, twice the programs.
+    if _lib.cdiv(M, 128) * _lib.cdiv(N, 256) < 106:
+        return Config(block_m=128, block_n=128, stages=2, warps=8)
+    # Each tile of tokens unpacks the weights again, and every tile of rows reads its tokens again.
     return Config(block_m=128, block_n=256, stages=2, warps=16)
 
 
