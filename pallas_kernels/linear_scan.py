@@ -41,22 +41,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import _lib
 from .linear_scan_walk import (
     PARTS,
+    STEP,
     across,
     carried,
     check_backward,
     check_sequences,
     first_sequence,
+    flat,
     launch,
     launch_sizes,
     load_channels,
     load_row,
     loader,
-    padded,
     row_layout,
-    row_of,
     slots,
     spread,
+    step,
     store_tile,
+    tiled,
     tiling,
     widths,
 )
@@ -115,13 +117,13 @@ def _linear_scan_carry_kernel(
     begin, stop = cu_gmem[s], cu_gmem[s + 1]
     starts = stop <= high if reverse else begin >= low
     low, high = jnp.maximum(low, begin), jnp.minimum(high, stop)
+    t0 = low - lax.rem(low, config.block_t)
     # a sequence goes on in the next chunk
     unfinished = (begin < last) & (stop > last)
-    trips = jnp.where(unfinished, lax.div(high - low + config.block_t - 1, config.block_t), 0)
+    trips = jnp.where(unfinished, lax.div(high - t0 + config.block_t - 1, config.block_t), 0)
 
     def place(q):
-        at = high - (q + 1) * config.block_t if reverse else low + q * config.block_t
-        return jnp.maximum(at, 0)
+        return t0 + (trips - 1 - q if reverse else q) * config.block_t
 
     load = loader(((a_gmem, a_smem), (b_gmem, b_smem)), full, channel, trips, place)
     zero = plgpu.layout_cast(jnp.zeros((config.block_c,), jnp.float32), layout.reduce(0))
@@ -136,11 +138,10 @@ def _linear_scan_carry_kernel(
         state, product = carry
         slot = lax.rem(q, config.stages)
         plgpu.barrier_wait(full.at[slot])
-        bottom = high - q * config.block_t if reverse else high
         a_part, b_part = spread(zero, layout) + 1, spread(zero, layout)
         for r in range(rows)[:: -1 if reverse else 1]:
             t = place(q) + part * rows + r
-            inside = (t >= low) & (t < bottom)
+            inside = (t >= low) & (t < high)
             a, b = (load_row(x, slot, r, layout) for x in (a_smem, b_smem))
             a, b = jnp.where(inside, a, 1.0), jnp.where(inside, b, 0.0)
             b_part = a * (b_part + b) if reverse else a * b_part + b
@@ -214,7 +215,7 @@ def _linear_scan_fwd_kernel(
             for r in range(rows):
                 h_row = a[r] * h_row + b[r]
                 inside, b_row = kept[r]
-                row_of(b_smem, slot, r)[...] = jnp.where(inside, h_row, b_row).astype(b_smem.dtype)
+                b_smem[slot, :, r] = jnp.where(inside, h_row, b_row).astype(b_smem.dtype)
             done = stop <= t1
 
             @pl.when(done)
@@ -304,8 +305,8 @@ def _linear_scan_bwd_kernel(
                 inside, starts, dh_row = kept[r]
                 h_row = read(h_smem, r)
                 da = u * jnp.where(starts, h_start, h_row)
-                row_of(h_smem, slot, r)[...] = jnp.where(inside, da, h_row).astype(h_smem.dtype)
-                row_of(dh_smem, slot, r)[...] = jnp.where(inside, u, dh_row).astype(dh_smem.dtype)
+                h_smem[slot, :, r] = jnp.where(inside, da, h_row).astype(h_smem.dtype)
+                dh_smem[slot, :, r] = jnp.where(inside, u, dh_row).astype(dh_smem.dtype)
             done = begin >= t0
 
             @pl.when(done)
@@ -327,6 +328,20 @@ def _linear_scan_bwd_kernel(
 
     lax.fori_loop(0, trips, tile, (jnp.int32(0), s, begin, stop, v))
     plgpu.wait_smem_to_gmem(0)
+
+
+def _linear_scan_step_kernel(*refs: Any, given: bool) -> None:
+    a_gmem, b_gmem, *h0_gmem, h_gmem, h_T_gmem = refs
+    # --- 1. which tile
+    at = (lax.axis_index("sequences"), pl.ds(lax.axis_index("channels") * STEP, STEP))
+    layout = plgpu.Layout.WG_STRIDED((STEP,), vec_size=STEP // _lib.WARPGROUP)
+    # --- 2. main loop: one token
+    a, b = (plgpu.load(x.at[at], layout=layout).astype(jnp.float32) for x in (a_gmem, b_gmem))
+    # --- 3. epilogue
+    h = a * plgpu.load(h0_gmem[0].at[at], layout=layout) + b if given else b
+    # --- 4. store
+    h_gmem[at] = h.astype(h_gmem.dtype)
+    h_T_gmem[at] = h
 
 
 def linear_scan_check(cu_seqlens: jax.Array, *, T: int) -> None:
@@ -363,7 +378,7 @@ def linear_scan_fwd(
         return (jnp.zeros_like(a), h_T), (a, a, cu_seqlens, h0)
     config = config or default_config(T, W, B, a.dtype)
     chunk, grid = launch_sizes(T, W, config)
-    rows = padded(config.block_t, config.block_c, a, b)
+    rows = tiled(config, a, b)
     columns = grid[1] * config.block_c
     states = () if h0 is None else (_lib.pad(h0, columns),)
     static = {"T": T, "W": W, "B": B, "chunk": chunk, "given": h0 is not None}
@@ -382,7 +397,7 @@ def linear_scan_fwd(
         _linear_scan_fwd_kernel, "linear_scan_fwd_kernel", rows, (cu_seqlens, *states, *carry),
         out_type, grid, config, **static,
     )  # fmt: skip
-    h, h_T = h[:T, :W], h_T[:, :W]
+    h, h_T = _lib.vary_alike(flat(h, T, W), h_T[:, :W], a)[:2]
     return (h, h_T), (a, h, cu_seqlens, h0)
 
 
@@ -410,7 +425,8 @@ def linear_scan_bwd(
     config = config or default_config(T, W, B, a.dtype, "bwd")
     check_backward(config, a.dtype)
     chunk, grid = launch_sizes(T, W, config)
-    rows = padded(config.block_t, config.block_c, a, dh.astype(a.dtype), h)
+    *rows, h = tiled(config, a, dh.astype(a.dtype), h)
+    rows = (*rows, h.reshape(-1, h.shape[2]))
     columns = grid[1] * config.block_c
     h0_padded, dh_T = (None if x is None else _lib.pad(x, columns) for x in (h0, dh_T))
     sizes = {"T": T, "W": W, "B": B, "chunk": chunk}
@@ -431,9 +447,10 @@ def linear_scan_bwd(
     ]
     da, db, dh0 = launch(
         _linear_scan_bwd_kernel, "linear_scan_bwd_kernel", rows, (cu_seqlens, *states, *carry),
-        out_type, grid, config, given=h0 is not None, given_T=dh_T is not None, **sizes,
+        out_type, grid, config, arrivals=2 + PARTS, given=h0 is not None, given_T=dh_T is not None,
+        **sizes,
     )  # fmt: skip
-    grads = (da[:T, :W], db[:T, :W], dh0[:, :W])
+    grads = _lib.vary_alike(flat(da, T, W), flat(db, T, W), dh0[:, :W], a)
     return grads[: 2 + (h0 is not None)]
 
 
@@ -479,3 +496,19 @@ def linear_scan(
     given = (a, b, cu_seqlens) if h0 is None else (a, b, cu_seqlens, h0)
     a, b, cu_seqlens, *states = _lib.vary_alike(*given)
     return _linear_scan(a, b, cu_seqlens, states[0] if states else None, config)
+
+
+def linear_scan_step(
+    a: jax.Array, b: jax.Array, h0: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """One token of each of B sequences: (h[B, W] in a's dtype, h_T[B, W] float32).
+
+    a, b: [B, W], h0: [B, W] float32 or None as in linear_scan; h_T is the next step's h0. There is
+    no gradient.
+    """
+    _lib.check_array("a", a, ("B", "W"), DTYPES)
+    _lib.check_array("b", b, tuple(a.shape), (a.dtype,))
+    if h0 is not None:
+        _lib.check_array("h0", h0, tuple(a.shape), (jnp.float32,))
+    given = (a, b, *(() if h0 is None else (h0,)))
+    return step(_linear_scan_step_kernel, "linear_scan_step_kernel", given, given=h0 is not None)

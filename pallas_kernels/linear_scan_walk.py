@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import _lib
 
 PARTS = 4  # of a tile: one for each warp of a warpgroup
+STEP = 256  # channels of a block that takes one token
 
 
 def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[int, int]:
@@ -37,7 +38,7 @@ def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[
             break
     else:
         chunks = max(1, 132 // blocks)
-    return block_c, min(chunks, _lib.cdiv(T, 512))
+    return block_c, min(chunks, _lib.cdiv(T, 64))
 
 
 def widths(dtype: Any, which: str) -> tuple[int, ...]:
@@ -147,14 +148,9 @@ def across(
     return before, state, product
 
 
-def row_of(smem: Any, slot: Any, r: int) -> Any:
-    """Row r of a tile, as a reference. [PARTS, block_c]"""
-    _, block_t, block_c = smem.shape
-    return smem.at[slot].reshape(PARTS, block_t // PARTS, block_c).at[:, r]
-
-
 def load_row(smem: Any, slot: Any, r: int, layout: Any) -> jax.Array:
-    row = plgpu.load(row_of(smem, slot, r), layout=layout, optimized=False)
+    """Row r of a tile. [PARTS, block_c]"""
+    row = plgpu.load(smem.at[slot, :, r], layout=layout, optimized=False)
     return row.astype(jnp.float32)
 
 
@@ -166,32 +162,35 @@ def loader(
     place: Callable[[Any], Any],
     shifted: int = -1,
 ) -> Callable[[Any], None]:
-    """What loads a tile into slots [stages, block_t, block_c] that go round; the first ones are on
-    their way. place(q): the first token of tile q. copies[shifted] lies one token earlier."""
-    stages, block_t, _ = copies[0][1].shape
+    """What loads a tile into slots [stages, PARTS, rows, block_c] that go round; the first ones are
+    on their way. place(q): the first token of tile q, at a multiple of rows.
+
+    copies: from tiled arrays, but copies[shifted] from [T, W], one token earlier.
+    """
+    stages, _, rows, _ = copies[0][1].shape
 
     def load(q: Any) -> None:
         @pl.when(q < trips)
         def _():
             slot = lax.rem(q, stages)
-            t = place(q)
             for i, (gmem, smem) in enumerate(copies):
                 if i != shifted:
-                    source = gmem.at[pl.ds(t, block_t), channel]
+                    source = gmem.at[pl.ds(lax.div(place(q), rows), PARTS), :, channel]
                     plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
                     continue
+                for p in range(PARTS):
+                    load_shifted(gmem, smem.at[slot, p], place(q) + p * rows, full.at[slot])
 
-                @pl.when(t > 0)
-                def _(gmem=gmem, smem=smem):
-                    source = gmem.at[pl.ds(t - 1, block_t), channel]
-                    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+    def load_shifted(gmem: Any, part: Any, t: Any, barrier: Any) -> None:
+        @pl.when(t > 0)
+        def _():
+            plgpu.copy_gmem_to_smem(gmem.at[pl.ds(t - 1, rows), channel], part, barrier)
 
-                # nothing is before the first token, whose row nobody reads
-                @pl.when(t == 0)
-                def _(gmem=gmem, smem=smem):
-                    source = gmem.at[pl.ds(0, block_t - 1), channel]
-                    rest = smem.at[slot, pl.ds(1, block_t - 1)]
-                    plgpu.copy_gmem_to_smem(source, rest, full.at[slot])
+        # nothing is before the first token, whose row nobody reads
+        @pl.when(t == 0)
+        def _():
+            source, rest = gmem.at[pl.ds(0, rows - 1), channel], part.at[pl.ds(1, rows - 1)]
+            plgpu.copy_gmem_to_smem(source, rest, barrier)
 
     @pl.loop(0, stages - 1)
     def _(q):
@@ -204,39 +203,67 @@ def store_tile(copies: Sequence[tuple[Any, Any]], slot: Any, t0: Any, channel: A
     """Starts the stores of a slot; beyond the array nothing is stored."""
     plgpu.commit_smem()
     for smem, gmem in copies:
-        target = gmem.at[pl.ds(t0, smem.shape[1]), channel]
+        target = gmem.at[pl.ds(lax.div(t0, smem.shape[2]), PARTS), :, channel]
         plgpu.copy_smem_to_gmem(smem.at[slot], target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
 
 
-def padded(block_t: int, block_c: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays [T, W] as TMA takes them: rows of at least a block, at multiples of 16 bytes.
+def tiled(config: Any, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [T, W] as [T / rows, rows, W], so that one TMA copy brings all parts of a tile.
 
-    Of one block of channels TMA copies no tiles but runs of memory, which do not end where the
-    array ends: then whole tiles.
+    TMA wants rows at multiples of 16 bytes. Of a single block of channels it copies no tiles but
+    runs of memory, which do not end where the array ends: whole tiles of that.
     """
     W = arrays[0].shape[1]
-    columns = block_c if W <= block_c else 128 // _lib.bits(arrays[0].dtype)
-    rows = block_t if W <= block_c else 1
-    return tuple(_lib.pad(x, rows, columns) for x in arrays)
+    rows = config.block_t // PARTS
+    alone = W <= config.block_c
+    columns = config.block_c if alone else 128 // _lib.bits(arrays[0].dtype)
+    padded = (_lib.pad(x, config.block_t if alone else rows, columns) for x in arrays)
+    return tuple(x.reshape(-1, rows, x.shape[1]) for x in padded)
+
+
+def flat(x: jax.Array, T: int, W: int) -> jax.Array:
+    """[T, W] of a tiled array."""
+    return x.reshape(-1, x.shape[2])[:T, :W]
 
 
 def launch(
     kernel: Any, name: str, rows: tuple[Any, ...], small: tuple[Any, ...], out_type: Any,
-    grid: tuple[int, int], config: Any, **static: Any,
+    grid: tuple[int, int], config: Any, arrivals: int = 0, **static: Any,
 ) -> Any:  # fmt: skip
     """Runs a kernel over tiles of the arrays in rows; small: what it reads directly."""
-    slot = (config.stages, config.block_t, config.block_c)
+    slot = (config.stages, PARTS, config.block_t // PARTS, config.block_c)
     return plgpu.kernel(
         functools.partial(kernel, config=config, **static),
         out_type=out_type,
         scratch_types=[
             *(plgpu.SMEM(slot, x.dtype) for x in rows),
             plgpu.SMEM((2, 2, PARTS, config.block_c), jnp.float32),
-            plgpu.Barrier(num_arrivals=len(rows), num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=arrivals or len(rows), num_barriers=config.stages),
         ],
         grid=grid,
         grid_names=("chunks", "channels"),
         compiler_params=_lib.ROW_PARAMS,
         kernel_name=name,
     )(*rows, *small)
+
+
+def step(
+    kernel: Any, name: str, rows: tuple[Any, ...], small: tuple[Any, ...] = (), **static: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a kernel on one token of each sequence: (h, h_T)[B, W]. rows: [B, W], small: [W]."""
+    B, W = rows[0].shape
+    if 0 in (B, W):
+        return jnp.zeros((B, W), rows[0].dtype), jnp.zeros((B, W), jnp.float32)
+    alike = _lib.vary_alike(*rows, *small)
+    arrays = tuple(_lib.pad(x, STEP) for x in alike)
+    out = jax.ShapeDtypeStruct(arrays[0].shape, rows[0].dtype)
+    h, h_T = plgpu.kernel(
+        functools.partial(kernel, **static),
+        out_type=[out, jax.ShapeDtypeStruct(out.shape, jnp.float32)],
+        grid=(B, out.shape[1] // STEP),
+        grid_names=("sequences", "channels"),
+        compiler_params=_lib.ROW_PARAMS,
+        kernel_name=name,
+    )(*arrays)
+    return _lib.vary_alike(h[:, :W], h_T[:, :W], alike[0])[:2]

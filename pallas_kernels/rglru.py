@@ -39,22 +39,24 @@ from . import _lib
 from . import linear_scan as _scan
 from .linear_scan_walk import (
     PARTS,
+    STEP,
     across,
     carried,
     check_backward,
     check_sequences,
     first_sequence,
+    flat,
     launch,
     launch_sizes,
     load_channels,
     load_row,
     loader,
-    padded,
     row_layout,
-    row_of,
     slots,
     spread,
+    step,
     store_tile,
+    tiled,
     tiling,
     widths,
 )
@@ -129,13 +131,13 @@ def _rglru_carry_kernel(
     begin, stop = cu_gmem[s], cu_gmem[s + 1]
     starts = stop <= high if reverse else begin >= low
     low, high = jnp.maximum(low, begin), jnp.minimum(high, stop)
+    t0 = low - lax.rem(low, config.block_t)
     # a sequence goes on in the next chunk
     unfinished = (begin < last) & (stop > last)
-    trips = jnp.where(unfinished, lax.div(high - low + config.block_t - 1, config.block_t), 0)
+    trips = jnp.where(unfinished, lax.div(high - t0 + config.block_t - 1, config.block_t), 0)
 
     def place(q):
-        at = high - (q + 1) * config.block_t if reverse else low + q * config.block_t
-        return jnp.maximum(at, 0)
+        return t0 + (trips - 1 - q if reverse else q) * config.block_t
 
     load = loader(tuple(zip(gmem, smem, strict=True)), full, channel, trips, place)
     zero = plgpu.layout_cast(jnp.zeros((config.block_c,), jnp.float32), layout.reduce(0))
@@ -150,11 +152,10 @@ def _rglru_carry_kernel(
         state, product = carry
         slot = lax.rem(q, config.stages)
         plgpu.barrier_wait(full.at[slot])
-        bottom = high - q * config.block_t if reverse else high
         a_part, b_part = spread(zero, layout) + 1, spread(zero, layout)
         for r in range(rows)[:: -1 if reverse else 1]:
             t = place(q) + part * rows + r
-            inside = (t >= low) & (t < bottom)
+            inside = (t >= low) & (t < high)
             first, r_pre, *i_pre = (load_row(x, slot, r, layout) for x in smem)
             enters = t == begin if fresh else None
             if reverse:
@@ -243,7 +244,7 @@ def _rglru_fwd_kernel(
             for r in range(rows):
                 h_row = a[r] * h_row + b[r]
                 h_kept = jnp.where(within[r], h_row, read(x_smem, r))
-                row_of(x_smem, slot, r)[...] = h_kept.astype(x_smem.dtype)
+                x_smem[slot, :, r] = h_kept.astype(x_smem.dtype)
             done = stop <= t1
 
             @pl.when(done)
@@ -348,7 +349,7 @@ def _rglru_bwd_kernel(
                     (i_smem, u * m_i * x * (1.0 - i)),
                 ):
                     kept = jnp.where(inside, grad, read(out_smem, row))
-                    row_of(out_smem, slot, row)[...] = kept.astype(out_smem.dtype)
+                    out_smem[slot, :, row] = kept.astype(out_smem.dtype)
             done = begin >= t0
 
             @pl.when(done)
@@ -391,6 +392,29 @@ def _rglru_dlam_kernel(sums_gmem: Any, lam_gmem: Any, dlam_gmem: Any, *, c: floa
     dlam_gmem[channel] = -c * total * _sigmoid(lam)
 
 
+def _rglru_step_kernel(*refs: Any, c: float, given: bool) -> None:
+    x_gmem, r_gmem, i_gmem, *h0_gmem, lam_gmem, h_gmem, h_T_gmem = refs
+    # --- 1. which tile
+    channel = pl.ds(lax.axis_index("channels") * STEP, STEP)
+    at = (lax.axis_index("sequences"), channel)
+    layout = plgpu.Layout.WG_STRIDED((STEP,), vec_size=STEP // _lib.WARPGROUP)
+    # --- 2. main loop: one token
+    x, r_pre, i_pre = (
+        plgpu.load(ref.at[at], layout=layout).astype(jnp.float32)
+        for ref in (x_gmem, r_gmem, i_gmem)
+    )
+    rate = _rate(plgpu.load(lam_gmem.at[channel], layout=layout), c)
+    # --- 3. epilogue
+    if given:
+        a, h = _map(x, r_pre, i_pre, rate, None)
+        h = a * plgpu.load(h0_gmem[0].at[at], layout=layout) + h
+    else:
+        h = _sigmoid(i_pre) * x
+    # --- 4. store
+    h_gmem[at] = h.astype(h_gmem.dtype)
+    h_T_gmem[at] = h
+
+
 def rglru_fwd(
     x: jax.Array,
     r_pre: jax.Array,
@@ -409,7 +433,7 @@ def rglru_fwd(
         return (jnp.zeros_like(x), h_T), (x, r_pre, i_pre, lam, x, cu_seqlens, h0)
     config = config or default_config(T, W, B, x.dtype)
     chunk, grid = launch_sizes(T, W, config)
-    rows = padded(config.block_t, config.block_c, x, r_pre, i_pre)
+    rows = tiled(config, x, r_pre, i_pre)
     columns = grid[1] * config.block_c
     small = (_lib.pad(lam, columns), cu_seqlens, *(() if h0 is None else (_lib.pad(h0, columns),)))
     static = {"T": T, "B": B, "chunk": chunk, "c": c, "given": h0 is not None}
@@ -428,7 +452,7 @@ def rglru_fwd(
         _rglru_fwd_kernel, "rglru_fwd_kernel", rows, (*small, *carry), out_type, grid, config,
         **static,
     )  # fmt: skip
-    h, h_T = h[:T, :W], h_T[:, :W]
+    h, h_T = _lib.vary_alike(flat(h, T, W), h_T[:, :W], x)[:2]
     return (h, h_T), (x, r_pre, i_pre, lam, h, cu_seqlens, h0)
 
 
@@ -458,7 +482,8 @@ def rglru_bwd(
     config = config or default_config(T, W, B, x.dtype, "bwd")
     check_backward(config, x.dtype)
     chunk, grid = launch_sizes(T, W, config)
-    rows = padded(config.block_t, config.block_c, x, r_pre, i_pre, dh.astype(x.dtype), h)
+    *rows, h = tiled(config, x, r_pre, i_pre, dh.astype(x.dtype), h)
+    rows = (*rows, h.reshape(-1, h.shape[2]))
     columns = grid[1] * config.block_c
     lam_padded = _lib.pad(lam, columns)
     h0_padded, dh_T = (None if s is None else _lib.pad(s, columns) for s in (h0, dh_T))
@@ -480,7 +505,8 @@ def rglru_bwd(
     ]
     dx, dr, di, sums, dh0 = launch(
         _rglru_bwd_kernel, "rglru_bwd_kernel", rows, (lam_padded, cu_seqlens, *states, *carry),
-        out_type, grid, config, given=h0 is not None, given_T=dh_T is not None, **static,
+        out_type, grid, config, arrivals=4 + PARTS, given=h0 is not None, given_T=dh_T is not None,
+        **static,
     )  # fmt: skip
     sums, lam_padded = (_lib.pad(s, _lib.WARPGROUP) for s in (sums, lam_padded))
     dlam = plgpu.kernel(
@@ -491,7 +517,7 @@ def rglru_bwd(
         compiler_params=_lib.ROW_PARAMS,
         kernel_name="rglru_dlam_kernel",
     )(sums.reshape(-1, lam_padded.size), lam_padded)
-    grads = (dx[:T, :W], dr[:T, :W], di[:T, :W], dlam[:W], dh0[:, :W])
+    grads = _lib.vary_alike(*(flat(g, T, W) for g in (dx, dr, di)), dlam[:W], dh0[:, :W], x)
     return grads[: 4 + (h0 is not None)]
 
 
@@ -552,3 +578,30 @@ def rglru(
     x, r_pre, i_pre, lam, cu_seqlens, *states = _lib.vary_alike(*given)
     h0 = states[0] if states else None
     return _rglru(x, r_pre, i_pre, lam, cu_seqlens, h0, float(c), config)
+
+
+def rglru_step(
+    x: jax.Array,
+    r_pre: jax.Array,
+    i_pre: jax.Array,
+    lam: jax.Array,
+    h0: jax.Array | None = None,
+    *,
+    c: float = 8.0,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of each of B sequences: (h[B, W] in x's dtype, h_T[B, W] float32).
+
+    x, r_pre, i_pre: [B, W], lam: [W] float32, h0: [B, W] float32 or None as in rglru; h_T is the
+    next step's h0. There is no gradient.
+    """
+    _lib.check_array("x", x, ("B", "W"), DTYPES)
+    for name, gate in (("r_pre", r_pre), ("i_pre", i_pre)):
+        _lib.check_array(name, gate, tuple(x.shape), (x.dtype,))
+    _lib.check_array("lam", lam, (x.shape[1],), (jnp.float32,))
+    if h0 is not None:
+        _lib.check_array("h0", h0, tuple(x.shape), (jnp.float32,))
+    _lib.check_static("c", c, (float, int))
+    rows = (x, r_pre, i_pre, *(() if h0 is None else (h0,)))
+    return step(
+        _rglru_step_kernel, "rglru_step_kernel", rows, (lam,), c=float(c), given=h0 is not None
+    )

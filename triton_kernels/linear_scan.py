@@ -107,7 +107,8 @@ def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd
     fewer = 1 + (which == "bwd" and (dtype.itemsize == 4 or block_c == 32))
     if block_c == 64:
         return Config(32 // fewer, block_c, chunks)
-    return Config(256 // fewer, block_c, chunks, warps=16, programs=1)
+    warps = next((w for w in (16, 8) if 16 * w * chunks <= T), 4)
+    return Config(16 * warps // fewer, block_c, chunks, warps, programs=1)
 
 
 @triton.jit
@@ -300,6 +301,29 @@ def resources(tiles: Config) -> dict[str, int]:
     return {"num_warps": tiles.warps, "maxnreg": min(255, registers)}
 
 
+@triton.jit
+def _linear_scan_step_kernel(
+    a_ptr,  # [B, W]
+    b_ptr,  # [B, W]
+    h0_ptr,  # [B, W] float32 or None
+    h_ptr,  # [B, W]
+    h_T_ptr,  # [B, W] float32
+    W, stride_a, stride_b, block_c: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    s = tl.program_id(1)
+    # --- 2. main loop: one token
+    row, exist = s.to(tl.int64), c < W
+    a = tl.load(a_ptr + row * stride_a + c, exist, 0.0).to(tl.float32)
+    b = tl.load(b_ptr + row * stride_b + c, exist, 0.0).to(tl.float32)
+    # --- 3. epilogue
+    h = b if h0_ptr is None else a * tl.load(h0_ptr + row * W + c, exist, 0.0) + b
+    # --- 4. store
+    tl.store(h_ptr + row * W + c, h.to(h_ptr.dtype.element_ty), exist)
+    tl.store(h_T_ptr + row * W + c, h, exist)
+
+
 def _fake_fwd(a, b, cu_seqlens, h0, config):
     states = len(cu_seqlens) - 1, a.shape[1]
     return [a.new_empty(a.shape), a.new_empty(states, dtype=torch.float32)]
@@ -484,3 +508,27 @@ def linear_scan(
     argument; NotImplementedError on a GPU older than Ampere.
     """
     return _LinearScan.apply(a, b, cu_seqlens, h0, config)
+
+
+def linear_scan_step(a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One token of each of B sequences: (h [B, W] in a's dtype, h_T [B, W] float32).
+
+    a, b [B, W], h0 [B, W] float32 or None as in linear_scan; h_T is the next step's h0. No
+    gradient flows through this.
+    """
+    _lib.check_tensor("a", a, ("B", "W"), DTYPES)
+    _lib.check_tensor("b", b, tuple(a.shape), (a.dtype,))
+    if h0 is not None:
+        _lib.check_tensor("h0", h0, tuple(a.shape), (torch.float32,))
+    _lib.check_same_device(a=a, b=b, h0=h0)
+    B, W = a.shape
+    h, h_T = a.new_empty(B, W), a.new_empty(B, W, dtype=torch.float32)
+    if 0 not in (B, W):
+        a, b = _lib.rows_adjacent(a), _lib.rows_adjacent(b)
+        h0 = None if h0 is None else h0.contiguous()
+        with _lib.on_device(a):
+            _lib.check_gpu()
+            _linear_scan_step_kernel[_lib.cdiv(W, 512), B](
+                a, b, h0, h, h_T, W, a.stride(0), b.stride(0), 512, num_warps=4
+            )
+    return h, h_T

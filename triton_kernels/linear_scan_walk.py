@@ -32,7 +32,7 @@ def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[
             break
     else:
         chunks = max(1, 132 // blocks)
-    return block_c, min(chunks, _lib.cdiv(T, 512))
+    return block_c, min(chunks, _lib.cdiv(T, 64))
 
 
 def launch_sizes(T: int, W: int, tiles: Any) -> tuple[int, tuple[int, int]]:

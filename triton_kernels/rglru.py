@@ -46,6 +46,7 @@ from .linear_scan_walk import (
     row_ptr,
     state_row,
     step_of,
+    tiling,
 )
 
 DTYPES = _scan.DTYPES
@@ -58,10 +59,13 @@ class Config(_scan.Config):
 
 def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd") -> Config:
     """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
-    config = _scan.default_config(T, W, B, dtype)
-    # a row of a backward takes more registers
-    block_t = config.block_t if which == "fwd" else config.block_t // 2
-    return Config(block_t, config.block_c, config.chunks, config.warps, config.programs)
+    # 8 rows of two channels for each thread, 4 of what takes more registers. Programs of narrow
+    # tiles are alone on their multiprocessor, and have registers for 8.
+    block_c, chunks = tiling(T, W, B, (64, 32), 4 * 132)
+    if block_c == 64:
+        return Config(16 if which == "bwd" or dtype.itemsize == 4 else 32, block_c, chunks)
+    warps = 8 if 128 * chunks <= T else 4
+    return Config(16 * warps, block_c, chunks, warps, programs=1)
 
 
 @triton.jit
@@ -352,6 +356,36 @@ def _rglru_dlam_kernel(
     tl.store(dlam_ptr + c, dlam, c < W)
 
 
+@triton.jit
+def _rglru_step_kernel(
+    x_ptr,  # [B, W]
+    r_ptr,  # [B, W]
+    i_ptr,  # [B, W]
+    lam_ptr,  # [W] float32
+    h0_ptr,  # [B, W] float32 or None
+    h_ptr,  # [B, W]
+    h_T_ptr,  # [B, W] float32
+    W, stride_x, stride_r, stride_i, factor, block_c: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    s = tl.program_id(1)
+    # --- 2. main loop: one token
+    row, exist = s.to(tl.int64), c < W
+    x = tl.load(x_ptr + row * stride_x + c, exist, 0.0)
+    r_pre = tl.load(r_ptr + row * stride_r + c, exist, 0.0)
+    i_pre = tl.load(i_ptr + row * stride_i + c, exist, 0.0)
+    rate = _rate(lam_ptr, c, W, factor)
+    a, h = _map(x[None, :], r_pre[None, :], i_pre[None, :], rate, h0_ptr is None)
+    # --- 3. epilogue
+    if h0_ptr is not None:
+        h += a * tl.load(h0_ptr + row * W + c, exist, 0.0)[None, :]
+    # --- 4. store
+    at = row * W + c[None, :]
+    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), exist[None, :])
+    tl.store(h_T_ptr + at, h, exist[None, :])
+
+
 def _fake_fwd(x, r_pre, i_pre, lam, cu_seqlens, h0, c, config):
     states = len(cu_seqlens) - 1, x.shape[1]
     return [x.new_empty(x.shape), x.new_empty(states, dtype=torch.float32)]
@@ -560,3 +594,39 @@ def rglru(
     argument; NotImplementedError on a GPU older than Ampere.
     """
     return _RgLru.apply(x, r_pre, i_pre, lam, cu_seqlens, h0, c, config)
+
+
+def rglru_step(
+    x: Tensor,
+    r_pre: Tensor,
+    i_pre: Tensor,
+    lam: Tensor,
+    h0: Tensor | None = None,
+    *,
+    c: float = 8.0,
+) -> tuple[Tensor, Tensor]:
+    """One token of each of B sequences: (h [B, W] in x's dtype, h_T [B, W] float32).
+
+    x, r_pre, i_pre [B, W], lam [W] float32, h0 [B, W] float32 or None as in rglru; h_T is the next
+    step's h0. No gradient flows through this.
+    """
+    _lib.check_tensor("x", x, ("B", "W"), DTYPES)
+    for name, gate in (("r_pre", r_pre), ("i_pre", i_pre)):
+        _lib.check_tensor(name, gate, tuple(x.shape), (x.dtype,))
+    _lib.check_tensor("lam", lam, (x.shape[1],), (torch.float32,))
+    if h0 is not None:
+        _lib.check_tensor("h0", h0, tuple(x.shape), (torch.float32,))
+    _lib.check_same_device(x=x, r_pre=r_pre, i_pre=i_pre, lam=lam, h0=h0)
+    _lib.check_static("c", c, (float, int))
+    B, W = x.shape
+    h, h_T = x.new_empty(B, W), x.new_empty(B, W, dtype=torch.float32)
+    if 0 not in (B, W):
+        x, r_pre, i_pre, lam = map(_lib.rows_adjacent, (x, r_pre, i_pre, lam))
+        h0 = None if h0 is None else h0.contiguous()
+        with _lib.on_device(x):
+            _lib.check_gpu()
+            _rglru_step_kernel[_lib.cdiv(W, 512), B](
+                x, r_pre, i_pre, lam, h0, h, h_T, W, x.stride(0), r_pre.stride(0),
+                i_pre.stride(0), float(c), 512, num_warps=4,
+            )  # fmt: skip
+    return h, h_T

@@ -126,9 +126,9 @@ def layer(name: str, T: int, B: int, W: int, *tags: str, dtype: str = "bfloat16"
 def workloads(*more: Workload) -> tuple[Workload, ...]:
     """T: all tokens. The layers are RecurrentGemma's, 2B and 9B."""
     return (
-        # two sequences and an empty one; more tiles than one, and the last is a part of one
-        _ci("ci", 203, 3, 72, "float16"),
-        _ci("ci_float32", 141, 4, 44, "float32", absent=STATES),
+        # two sequences and an empty one; three chunks and, of float32, two tiles of channels
+        _ci("ci", 141, 3, 24, "float16"),
+        _ci("ci_float32", 93, 4, 37, "float32", absent=STATES),
         layer("lru_2b", 8 * 8192, 8, 2560),
         layer("lru_9b", 8 * 8192, 8, 4096),
         layer("lru_9b_float32", 8 * 8192, 8, 4096, dtype="float32"),
@@ -205,8 +205,10 @@ def oracle_bwd(
     return (da, db) if h0 is None else (da, db, dh0)
 
 
-def probe(work: Workload) -> dict:
+def probe(work: Workload) -> dict | None:
     """With a in {-1, 0, 1} a state forgets within some 50 tokens: h is an integer below 256."""
+    if work.name == "ci_float32":  # the interpreters are slow
+        return None
     drawn = inputs(work) | cotangents(work)
     return {
         n: d if isinstance(d, Given) else Integers(d.shape, d.dtype, *((-1, 1) if n == "a" else ()))
