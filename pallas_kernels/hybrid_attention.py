@@ -90,12 +90,15 @@ class Config:
 
 
 def default_config(T: int, Hq: int, Hk: int, D: int, dtype: Any, which: str = "fwd") -> Config:
-    """The Config for T tokens on a Hopper; which: "fwd", "dq", or "dkdv"."""
+    """The Config for T tokens on a Hopper; which: "fwd", "dq", "dkdv", or "atomic", the kernel of
+    hybrid_attention_atomic that makes all gradients."""
     del T, Hq, Hk, dtype
     if which == "fwd":
         # Scores and o take 128 to 160 registers of a thread, and q with two slots each of k and v
         # fill shared memory.
         return Config(block_n=64 if D > 128 else 128)
+    if which == "atomic":
+        return Config(128, 64, 2)  # dx and the sums of dq need shared memory too
     # Beside the sums there is room for scores and their gradients of 64 columns each. Sums wider
     # than 128 are parted: their registers, two tiles of 64 rows and two slots leave no more.
     stages = 3 if which == "dkdv" and D <= 128 else 2
@@ -434,6 +437,10 @@ def hybrid_attention_bwd(
     res: as hybrid_attention_fwd returns it. do [T, Hq, D]: the cotangent of o; dlse [Hq, T] that of
     lse, None for zeros. config: tiles of dq, and of dk and dv.
     """
+    return _backward(res, do, dlse, scale, softcap, config, False)
+
+
+def _backward(res, do, dlse, scale, softcap, config, atomic):
     q, k, v, o, lse, alibi, *bounds = res
     plan = HybridPlan(*bounds)
     scale, softcap = _checked(q, k, v, plan, scale, softcap, alibi, config)
@@ -445,25 +452,27 @@ def hybrid_attention_bwd(
         return tuple(map(jnp.zeros_like, (q, k, v)))
     if config is not None and config.block_m == TILE and D < 128:
         raise ValueError(f"block_m: expected 128 for a head dim of {D}, got {config.block_m}")
-    dq, dkdv = (config or default_config(T, Hq, Hk, D, q.dtype, w) for w in ("dq", "dkdv"))
+    atomic = atomic and D <= 128  # wider sums of dq find no room
+    which = (None, "atomic") if atomic else ("dq", "dkdv")
+    dq, dkdv = (w and (config or default_config(T, Hq, Hk, D, q.dtype, w)) for w in which)
     dlse = jnp.zeros_like(lse) if dlse is None else dlse
     do = do.astype(q.dtype)
     return backward(q, k, v, o, lse, alibi, plan, do, dlse, scale, softcap, dq, dkdv)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _hybrid_attention(q, k, v, plan, alibi, scale, softcap, config):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _hybrid_attention(q, k, v, plan, alibi, scale, softcap, config, atomic):
     return _forward(q, k, v, plan, alibi, scale, softcap, config)
 
 
-def _hybrid_attention_fwd(q, k, v, plan, alibi, scale, softcap, config):
+def _hybrid_attention_fwd(q, k, v, plan, alibi, scale, softcap, config, atomic):
     o, lse = _forward(q, k, v, plan, alibi, scale, softcap, config)
     return (o, lse), (q, k, v, o, lse, alibi, *plan)
 
 
-def _hybrid_attention_bwd(scale, softcap, config, res, cotangents):
+def _hybrid_attention_bwd(scale, softcap, config, atomic, res, cotangents):
     del config  # gradients take their own defaults
-    return *hybrid_attention_bwd(res, *cotangents, scale=scale, softcap=softcap), None, None
+    return *_backward(res, *cotangents, scale, softcap, None, atomic), None, None
 
 
 _hybrid_attention.defvjp(_hybrid_attention_fwd, _hybrid_attention_bwd)
@@ -494,11 +503,15 @@ def hybrid_attention(
     Raises TypeError for dtypes and ValueError for shapes and a scale that is not above 0, naming
     the argument; NotImplementedError on a GPU that is not a Hopper.
     """
+    return _attend(q, k, v, plan, scale, softcap, alibi, config, False)
+
+
+def _attend(q, k, v, plan, scale, softcap, alibi, config, atomic):
     scale, softcap = _checked(q, k, v, plan, scale, softcap, alibi, config)
     bounds = (*plan,) if alibi is None else (*plan, alibi)
     q, k, v, *bounds = _lib.vary_alike(q, k, v, *bounds)
     plan, alibi = HybridPlan(*bounds[:9]), None if alibi is None else bounds[9]
-    return _hybrid_attention(q, k, v, plan, alibi, scale, softcap, config)
+    return _hybrid_attention(q, k, v, plan, alibi, scale, softcap, config, atomic)
 
 
 def _checked(

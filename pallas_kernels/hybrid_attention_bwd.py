@@ -69,23 +69,23 @@ def shared(block_m: int, D: int) -> tuple[Any, int]:
     return share, wide
 
 
-def meet(block_m: int, met: Any) -> None:
-    """Where the warpgroups share rows, neither writes to them before the other is here."""
-    if block_m == TILE:
-        plgpu.barrier_arrive(met)
-        plgpu.barrier_wait(met)
+def meet(met: Any) -> None:
+    """Neither warpgroup goes on before the other is here."""
+    plgpu.barrier_arrive(met)
+    plgpu.barrier_wait(met)
 
 
 def _hybrid_attention_delta_kernel(
     o_gmem: Any,  # [T, Hq, D]
     do_gmem: Any,
-    dlse_gmem: Any,  # [Hq, T and room up to a multiple of 128]
+    lse_gmem: Any,  # [Hq, T and room up to a multiple of 128]
+    dlse_gmem: Any,
     kv_start_gmem: Any,  # [T and that room]
     kv_end_gmem: Any,
-    delta_gmem: Any,  # as dlse
+    rows_gmem: Any,  # [Hq, 2, as lse]: lse in units of log 2, and delta
     o_smem: Any,  # [128, D]
     do_smem: Any,
-    delta_smem: Any,  # [warpgroups, 64]
+    rows_smem: Any,  # [warpgroups, 2, 64]
     full: Any,
 ) -> None:
     # --- 1. which tile
@@ -94,7 +94,7 @@ def _hybrid_attention_delta_kernel(
     own = pl.ds(wg * TILE, TILE)
     plgpu.copy_gmem_to_smem(o_gmem.at[pl.ds(row, TILE), h], o_smem.at[own], full.at[wg])
     plgpu.copy_gmem_to_smem(do_gmem.at[pl.ds(row, TILE), h], do_smem.at[own], full.at[wg])
-    dlse = load(dlse_gmem.at[h], row, TILE, ROW)
+    lse, dlse = (load(x_gmem.at[h], row, TILE, ROW) for x_gmem in (lse_gmem, dlse_gmem))
     start, stop = (load(x_gmem, row, TILE, ROW) for x_gmem in (kv_start_gmem, kv_end_gmem))
     plgpu.barrier_wait(full.at[wg])
 
@@ -111,11 +111,12 @@ def _hybrid_attention_delta_kernel(
     total = lax.fori_loop(0, o_smem.shape[1] // columns, add, filled((TILE,), 0.0))
 
     # --- 3. epilogue
-    delta_smem[wg] = jnp.where(start < stop, total - dlse, 0.0)  # dead tokens have NaN
+    rows_smem[wg, 0] = lse * LOG2E
+    rows_smem[wg, 1] = jnp.where(start < stop, total - dlse, 0.0)  # dead tokens have NaN
     plgpu.commit_smem()
 
     # --- 4. store
-    plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_gmem.at[h, pl.ds(row, TILE)])
+    plgpu.copy_smem_to_gmem(rows_smem.at[wg], rows_gmem.at[h, :, pl.ds(row, TILE)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -124,7 +125,7 @@ def _hybrid_attention_dq_kernel(
 ) -> None:
     given = iter(refs)
     q_gmem, k_gmem, v_gmem, do_gmem = (next(given) for _ in range(4))  # [T, heads, D]
-    lse_gmem, delta_gmem = (next(given) for _ in range(2))  # [Hq, T]
+    rows_gmem = next(given)  # [Hq, 2, T]: lse in units of log 2, and delta
     kv_start_gmem, kv_end_gmem, q_start_gmem, q_end_gmem, pos_gmem = (
         next(given) for _ in range(5)
     )  # [T]
@@ -136,6 +137,7 @@ def _hybrid_attention_dq_kernel(
     _, Hq, D = q_gmem.shape
     G = Hq // k_gmem.shape[1]
     block_m, block_n, stages = config.block_m, config.block_n, config.stages
+    shares = block_m == TILE  # the warpgroups, the rows
     tiles = Tiles(tiles_gmem, block_n)
     wg = lax.axis_index("wg")
     parts = ORDERED // block_m  # tiles of queries of an entry of the order
@@ -198,8 +200,7 @@ def _hybrid_attention_dq_kernel(
         def _item(item: Any, *, carry: Any) -> Any:
             top, h, first, high = place(item)
             row = top + share()[0].start
-            lse = load(lse_gmem.at[h], row, TILE, ROW) * LOG2E
-            delta = load(delta_gmem.at[h], row, TILE, ROW)
+            lse, delta = (load(rows_gmem.at[h, i], row, TILE, ROW) for i in range(2))
 
             # --- 2. main loop
             def visit(state: Any) -> Any:
@@ -252,10 +253,12 @@ def _hybrid_attention_dq_kernel(
 
             # --- 4. store
             own, columns = share()
-            meet(block_m, met)
+            if shares:
+                meet(met)
             q_smem.at[own, columns][...] = dq
             plgpu.commit_smem()
-            meet(block_m, met)
+            if shares:
+                meet(met)
 
             @pl.when((wg == 0) | (block_m > TILE))
             def _() -> None:
@@ -269,22 +272,25 @@ def _hybrid_attention_dq_kernel(
 
 
 def _hybrid_attention_dkdv_kernel(
-    *refs: Any, scale: float, softcap: float, biased: bool, config: Any
+    *refs: Any, scale: float, softcap: float, biased: bool, config: Any, summed: bool = False
 ) -> None:
     given = iter(refs)
     q_gmem, k_gmem, v_gmem, do_gmem = (next(given) for _ in range(4))  # [T, heads, D]
-    lse_gmem, delta_gmem = (next(given) for _ in range(2))  # [Hq, T]
+    rows_gmem = next(given)  # [Hq, 2, T]: lse in units of log 2, and delta
     kv_start_gmem, kv_end_gmem, q_start_gmem, q_end_gmem, pos_gmem = (
         next(given) for _ in range(5)
     )  # [T]
     tiles_gmem, order_gmem = next(given), next(given)
     alibi_gmem = next(given) if biased else None  # [Hq]
+    dq_gmem = next(given) if summed else None  # float32 sums, as q
     dk_gmem, dv_gmem = next(given), next(given)
-    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem = (next(given) for _ in range(6))
+    k_smem, v_smem, q_smem, do_smem, rows_smem = (next(given) for _ in range(5))
     kv_full, kv_free, q_full, q_free, do_full, do_free, met = (next(given) for _ in range(7))
+    dx_smem, dq_smem = (next(given, None) for _ in range(2))  # where dq is summed
     (_, Hk, D), Hq = k_gmem.shape, q_gmem.shape[1]
     G = Hq // Hk
     block_m, block_n, stages = config.block_m, config.block_n, config.stages
+    shares = block_m == TILE  # the warpgroups, the rows
     tiles, fine = Tiles(tiles_gmem, block_n), Tiles(tiles_gmem, TILE)
     wg = lax.axis_index("wg")
     parts = ORDERED // block_m  # tiles of keys of an entry of the order
@@ -322,23 +328,14 @@ def _hybrid_attention_dkdv_kernel(
                 slot = slot_of(carry + i)
                 head = h * G + lax.div(i, high - low)
                 rows = pl.ds((low + lax.rem(i, high - low)) * block_n, block_n)
-                for free, full, *pairs in (
-                    (
-                        q_free,
-                        q_full,
-                        (q_gmem.at[rows, head], q_smem),
-                        (lse_gmem.at[head, rows], lse_smem),
-                    ),
-                    (
-                        do_free,
-                        do_full,
-                        (do_gmem.at[rows, head], do_smem),
-                        (delta_gmem.at[head, rows], delta_smem),
-                    ),
+                plgpu.barrier_wait(q_free.at[slot])
+                for x_gmem, x_smem in (
+                    (q_gmem.at[rows, head], q_smem),
+                    (rows_gmem.at[head, :, rows], rows_smem),
                 ):
-                    plgpu.barrier_wait(free.at[slot])
-                    for x_gmem, x_smem in pairs:
-                        plgpu.copy_gmem_to_smem(x_gmem, x_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(x_gmem, x_smem.at[slot], q_full.at[slot])
+                plgpu.barrier_wait(do_free.at[slot])
+                plgpu.copy_gmem_to_smem(do_gmem.at[rows, head], do_smem.at[slot], do_full.at[slot])
 
             return carry + G * (high - low)
 
@@ -356,6 +353,40 @@ def _hybrid_attention_dkdv_kernel(
             plgpu.barrier_arrive(do_free.at[slot])
 
         share, wide = shared(block_m, D)
+
+        def put(slot: Any, own: Any, dx: jax.Array) -> None:
+            """dx^T of all keys of the block, where all warpgroups see it."""
+
+            @pl.when((wg == 0) | (block_m > TILE))
+            def _() -> None:
+                slot.at[own][...] = dx
+
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(met)
+
+        def add(slot: Any, step: Any, n: Any, head: Any) -> None:
+            """dq += dx @ k, by TMA: half of the columns each, or in turns where half is too few."""
+            plgpu.barrier_wait(met)
+            width = dq_smem.shape[2]
+            wg = warpgroup()
+            part = pl.ds(wg * width if width < D else 0, width)
+
+            def own_part() -> None:
+                def product(dq_acc: Any) -> jax.Array:
+                    plgpu.wgmma(dq_acc, slot.T, k_smem.at[:, part])
+                    return dq_acc[...]
+
+                dq = pl.run_scoped(product, plgpu.ACC((block_n, width), jnp.float32))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dq_smem.at[wg][...] = dq
+                plgpu.commit_smem()
+                sums = dq_gmem.at[pl.ds(n, block_n), head, part]
+                plgpu.copy_smem_to_gmem(dq_smem.at[wg], sums, reduction_op="add")
+
+            if width < D:
+                own_part()
+            else:
+                pl.when(wg == lax.rem(step, WARPGROUPS))(own_part)
 
         @items()
         def _item(item: Any, *, carry: Any) -> Any:
@@ -381,19 +412,19 @@ def _hybrid_attention_dkdv_kernel(
                         load(x_gmem, key, TILE, ROW) - n for x_gmem in (q_start_gmem, q_end_gmem)
                     )
                     i = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=LAYOUT)
-                    # One comparison: two would spill.
-                    within = (i - across(start, block_n)).astype(jnp.uint32)
-                    seen = within < across((stop - start).astype(jnp.uint32), block_n)
+                    # One end after the other: registers are scarce.
+                    p = jnp.where(i >= across(start, block_n), p, 0.0)
+                    seen = i < across(stop, block_n)
                     return jnp.where(seen, p, 0.0)
 
                 def products(s_acc: Any, dp_acc: Any, dk_acc: Any, dv_acc: Any) -> Any:
                     dk_acc[...] = dk
                     dv_acc[...] = dv
-                    delta = load(delta_smem.at[slot], 0, block_n, COLUMN)
+                    delta = load(rows_smem.at[slot, 1], 0, block_n, COLUMN)
                     dp_acc[...] = down(0.0 - delta, TILE)  # before the first product is under way
                     plgpu.wgmma(s_acc, k_smem.at[own], q_slot.T)
                     plgpu.wgmma(dp_acc, v_smem.at[own], do_slot.T)
-                    lse = load(lse_smem.at[slot], 0, block_n, COLUMN) * LOG2E
+                    lse = load(rows_smem.at[slot, 0], 0, block_n, COLUMN)
                     plgpu.commit_smem()  # TMA may write there again
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                     slope = pos = theirs = None
@@ -403,10 +434,16 @@ def _hybrid_attention_dkdv_kernel(
                     x, factor, bend = capped(s, scale, softcap, slope, pos, theirs)
                     p = jnp.exp2(x * factor - down(lse, TILE))
                     p = lax.cond(free, lambda p: p, masked, p)
-                    plgpu.wgmma(dv_acc, p.astype(q_smem.dtype), do_slot.at[:, columns])
-                    dx = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+                    if not summed:
+                        plgpu.wgmma(dv_acc, p.astype(q_smem.dtype), do_slot.at[:, columns])
+                    dx = p * plgpu.wgmma_accumulator_load(dp_acc, wait_n=0 if summed else 1)
                     dx = dx if bend is None else dx * bend
-                    plgpu.wgmma(dk_acc, dx.astype(q_smem.dtype), q_slot.at[:, columns])
+                    if summed:  # later, since registers are scarcer
+                        plgpu.wgmma(dv_acc, p.astype(q_smem.dtype), do_slot.at[:, columns])
+                    dx = dx.astype(q_smem.dtype)
+                    if summed:
+                        put(dx_smem.at[lax.rem(step, 2)], own, dx)
+                    plgpu.wgmma(dk_acc, dx, q_slot.at[:, columns])
                     plgpu.wgmma_wait(1)
                     plgpu.barrier_arrive(do_free.at[slot])
                     return dk_acc[...], dv_acc[...]
@@ -414,6 +451,8 @@ def _hybrid_attention_dkdv_kernel(
                 sums = plgpu.ACC((TILE, wide), jnp.float32)
                 dk, dv = pl.run_scoped(products, square, square, sums, sums)
                 plgpu.barrier_arrive(q_free.at[slot])
+                if summed:
+                    add(dx_smem.at[lax.rem(step, 2)], step, n, head)
                 more = ni + 1 < high
                 after = jnp.where(more, ni + 1, low)
                 return tiles.dead(after), after, jnp.where(more, head, head + 1), dk, dv
@@ -433,11 +472,13 @@ def _hybrid_attention_dkdv_kernel(
             # --- 4. store
             own, columns = share()
             keys = pl.ds(first + own.start, TILE)
-            meet(block_m, met)
+            if shares or summed:  # the other reads these keys
+                meet(met)
             k_smem.at[own, columns][...] = dk
             v_smem.at[own, columns][...] = dv
             plgpu.commit_smem()
-            meet(block_m, met)
+            if shares:
+                meet(met)
             for i, (x_smem, x_gmem) in enumerate(((k_smem, dk_gmem), (v_smem, dv_gmem))):
 
                 @pl.when((wg == i) | (block_m > TILE))
@@ -449,6 +490,40 @@ def _hybrid_attention_dkdv_kernel(
             return stop
 
         plgpu.wait_smem_to_gmem(0)
+
+
+def _hybrid_attention_round_kernel(
+    sums_gmem: Any,  # [T, Hq, D] float32
+    dq_gmem: Any,  # [T, Hq, D]
+    sums_smem: Any,  # [128, D]
+    dq_smem: Any,
+    full: Any,
+    *,
+    scale: float,
+) -> None:
+    # --- 1. which tile
+    h, wg = lax.axis_index("h"), lax.axis_index("wg")
+    row = lax.axis_index("rows") * ORDERED + wg * TILE
+    own = pl.ds(wg * TILE, TILE)
+
+    # --- 2. main loop
+    plgpu.copy_gmem_to_smem(sums_gmem.at[pl.ds(row, TILE), h], sums_smem.at[own], full.at[wg])
+    plgpu.barrier_wait(full.at[wg])
+
+    # --- 3. epilogue
+    columns = piece(dq_smem.shape[1])
+
+    @pl.loop(0, dq_smem.shape[1] // columns)
+    def _(i: Any) -> None:
+        at = own, pl.ds(i * columns, columns)
+        sums = plgpu.load(sums_smem.at[at], layout=LAYOUT)
+        dq_smem.at[at][...] = (sums * scale).astype(dq_smem.dtype)
+
+    plgpu.commit_smem()
+
+    # --- 4. store
+    plgpu.copy_smem_to_gmem(dq_smem.at[own], dq_gmem.at[pl.ds(row, TILE), h])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def backward(
@@ -466,7 +541,8 @@ def backward(
     dq_config: Any,
     dkdv_config: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq, dk, dv); see hybrid_attention_bwd."""
+    """(dq, dk, dv); see hybrid_attention_bwd. Without a Config for dq, the kernel of dk and dv adds
+    to it on its way, in no order."""
     T, Hq, D = q.shape
     q, k, v, o, do = aligned(q, k, v, o, do)
     room = (Hq, _lib.cdiv(T, ORDERED) * ORDERED)
@@ -474,13 +550,13 @@ def backward(
     tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=_lib.swizzled(q.dtype, D))
     bounds = padded(plan.kv_start, plan.kv_end, plan.q_start, plan.q_end, plan.token_pos)
     launch = functools.partial(plgpu.kernel, thread_name="wg")
-    delta = launch(
+    rows = launch(
         _hybrid_attention_delta_kernel,
-        out_type=jax.ShapeDtypeStruct(room, jnp.float32),
+        out_type=jax.ShapeDtypeStruct((Hq, 2, room[1]), jnp.float32),
         scratch_types=[
             tile((ORDERED, D)),
             tile((ORDERED, D)),
-            plgpu.SMEM((WARPGROUPS, TILE), jnp.float32),
+            plgpu.SMEM((WARPGROUPS, 2, TILE), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         ],
         grid=(Hq, room[1] // ORDERED),
@@ -488,9 +564,11 @@ def backward(
         num_threads=WARPGROUPS,
         compiler_params=PARAMS,
         kernel_name="hybrid_attention_delta_kernel",
-    )(o, do, dlse, *bounds[:2])
+    )(o, do, lse, dlse, *bounds[:2])
 
-    def walk(kernel: Any, name: str, order: Any, outs: Any, scratch: list, config: Any) -> Any:
+    def walk(
+        kernel: Any, name: str, order: Any, outs: Any, scratch: list, config: Any, *sums: Any
+    ) -> Any:
         options = {"scale": scale, "softcap": softcap, "biased": alibi is not None}
         return launch(
             functools.partial(kernel, **options, config=config),
@@ -502,42 +580,74 @@ def backward(
             compiler_params=PARAMS,
             kernel_name=name,
         )(
-            q, k, v, do, lse, delta,
+            q, k, v, do, rows,
             *bounds,
-            plan.tiles, order, *([] if alibi is None else [alibi]),
+            plan.tiles, order, *([] if alibi is None else [alibi]), *sums,
         )  # fmt: skip
 
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     both = plgpu.Barrier(num_arrivals=WARPGROUPS)
-    stages, slots = dq_config.stages, (dq_config.stages, dq_config.block_n, D)
-    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-    full = plgpu.Barrier(num_barriers=stages)
-    own = tile((dq_config.block_m, D))
-    dq = walk(
-        _hybrid_attention_dq_kernel,
-        "hybrid_attention_dq_kernel",
-        plan.q_order,
-        like[0],
-        [
-            *(own, own, tile(slots), tile(slots)),
-            *(plgpu.Barrier(num_arrivals=2), both, full, free, full, free, both),
-        ],
-        dq_config,
-    )
+    dq = None
+    if dq_config is not None:
+        stages, slots = dq_config.stages, (dq_config.stages, dq_config.block_n, D)
+        free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+        full = plgpu.Barrier(num_barriers=stages)
+        own = tile((dq_config.block_m, D))
+        dq = walk(
+            _hybrid_attention_dq_kernel,
+            "hybrid_attention_dq_kernel",
+            plan.q_order,
+            like[0],
+            [
+                *(own, own, tile(slots), tile(slots)),
+                *(plgpu.Barrier(num_arrivals=2), both, full, free, full, free, both),
+            ],
+            dq_config,
+        )
     stages, slots = dkdv_config.stages, (dkdv_config.stages, dkdv_config.block_n, D)
     free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-    full = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+    full = [plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (2, 1)]
     own = tile((dkdv_config.block_m, D))
-    row = plgpu.SMEM(slots[:2], jnp.float32)
+    pair = plgpu.SMEM((stages, 2, dkdv_config.block_n), jnp.float32)
+    sums, exchanged = (), ()
+    if dq is None:
+        # Mosaic writes to an array of its own, so that what is added to is given as a reference.
+        sums = (jax.new_ref(jnp.zeros(q.shape, jnp.float32)),)
+        block_m, block_n = dkdv_config.block_m, dkdv_config.block_n
+        width = D // WARPGROUPS if D % ORDERED == 0 else D
+        exchanged = (
+            tile((2, block_m, block_n)),
+            plgpu.SMEM(
+                (WARPGROUPS, block_n, width), jnp.float32,
+                transforms=_lib.swizzled(jnp.float32, width),
+            ),
+        )  # fmt: skip
     dk, dv = walk(
-        _hybrid_attention_dkdv_kernel,
+        functools.partial(_hybrid_attention_dkdv_kernel, summed=dq is None),
         "hybrid_attention_dkdv_kernel",
         plan.k_order,
         like[1:],
         [
-            *(own, own, tile(slots), tile(slots), row, row),
-            *(plgpu.Barrier(num_arrivals=2), both, full, free, full, free, both),
+            *(own, own, tile(slots), tile(slots), pair),
+            *(plgpu.Barrier(num_arrivals=2), both, full[0], free, full[1], free, both),
+            *exchanged,
         ],
         dkdv_config,
+        *sums,
     )
+    if dq is None:
+        dq = launch(
+            functools.partial(_hybrid_attention_round_kernel, scale=scale),
+            out_type=like[0],
+            scratch_types=[
+                plgpu.SMEM((ORDERED, D), jnp.float32, transforms=_lib.swizzled(jnp.float32, D)),
+                tile((ORDERED, D)),
+                plgpu.Barrier(num_barriers=WARPGROUPS),
+            ],
+            grid=(Hq, room[1] // ORDERED),
+            grid_names=("h", "rows"),
+            num_threads=WARPGROUPS,
+            compiler_params=PARAMS,
+            kernel_name="hybrid_attention_round_kernel",
+        )(*sums)
     return _lib.vary_alike(dq[:T], dk[:T], dv[:T], q)[:3]

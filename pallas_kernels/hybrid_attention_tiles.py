@@ -34,7 +34,7 @@ from .hybrid_attention_plan import (
 
 WARPGROUPS = 2  # compute warpgroups; one more loads
 LOG2E = math.log2(math.e)
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40  # of a thread; three warpgroups have 512 together
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 32  # of a thread; three warpgroups have 512 together
 PARAMS = plgpu.CompilerParams(
     approx_math=True,
     reduction_scratch_bytes=0,  # rows alone are reduced, within warps

@@ -37,6 +37,7 @@ def test_a_filled_gap_gives_the_right_answer(gap):
         "register_operand": x @ x,
         "wgmma_races": x @ x,
         "atomics": x + 1,
+        "tma_reduction": 2 * x,
     }.get(gap, x)
     with mosaic_interpreter.interpreting(detect_races=gap == "wgmma_races"):
         got = _run(mosaic_interpreter.probe_kernels()[gap], _x())

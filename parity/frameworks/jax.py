@@ -19,7 +19,7 @@ _STRUCTURE = frozenset(
     (
         "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr "
         "custom_vmap_call remat shard_map reshape broadcast_in_dim squeeze expand_dims "
-        "stop_gradient iota optimization_barrier"
+        "stop_gradient iota optimization_barrier new_ref"
     ).split()
 )
 _MOSAIC = frozenset(("pallas_call", "core_map", "mpmd_map"))

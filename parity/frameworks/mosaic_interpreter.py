@@ -9,6 +9,7 @@ and `install` adds:
     reshaped_store      ref.reshape(...)[...] = value
     predicated_store    copy_smem_to_gmem(predicate=...), which emit_pipeline's out_specs use
     atomics             plgpu.atomic_*: a read and a write, not one step
+    tma_reduction       copy_smem_to_gmem(reduction_op="add"): additions do not race with additions
     dependent_launch    griddepcontrol: nothing to wait for
     inline_code         plgpu.inline_mgpu of a function that says, as its attribute `in_jax`, what
                         it computes
@@ -69,6 +70,7 @@ _PRIVATE = {
         (
             "HostAllocationKey",
             "TOKEN_SHAPE_DTYPE",
+            "_clip_store_to_shape",
             "_get_shared_memory",
             "_remove_noop_transforms",
             "call_allocate_buffer",
@@ -76,6 +78,7 @@ _PRIVATE = {
             "call_get",
             "call_make_allocation_request_array",
             "call_swap",
+            "copy_smem_to_gmem",
             "fail_on_exception",
             "get_races",
             "reset_gpu_interpret_mode_state",
@@ -116,9 +119,11 @@ def _jax() -> SimpleNamespace:
     methods = {
         modules["interpret"].JaxprInterpreter: ("interpret", "_interpret_copy_smem_to_gmem_p"),
         modules["memory"].GPUSharedMemory: (
+            "add_copy_smem_to_gmem_clocks",
             "assert_no_barriers_allocated",
             "buffer_shape_and_dtype",
             "get_buffer_content",
+            "get_next_tma_thread_id",
             "set_failed",
             "store_buffer_content",
             "swap_buffer_content",
@@ -147,6 +152,7 @@ def _stock() -> dict[tuple[Any, str], Any]:
         (interpreter, "interpret"): interpreter.interpret,
         (interpreter, "_interpret_copy_smem_to_gmem_p"): interpreter._interpret_copy_smem_to_gmem_p,
         (shared, "assert_no_barriers_allocated"): shared.assert_no_barriers_allocated,
+        (J.calls, "copy_smem_to_gmem"): J.calls.copy_smem_to_gmem,
         (J.calls, "wgmma"): J.calls.wgmma,
         (J.calls, "wgmma_accumulator_deref"): J.calls.wgmma_accumulator_deref,
     }
@@ -161,6 +167,7 @@ def _replacements() -> dict[tuple[Any, str], Any]:
         (interpreter, "interpret"): _interpret,
         (interpreter, "_interpret_copy_smem_to_gmem_p"): _copy_smem_to_gmem,
         (J.memory.GPUSharedMemory, "assert_no_barriers_allocated"): _assert_no_barriers_allocated,
+        (J.calls, "copy_smem_to_gmem"): guard(_tma_store),
         (J.calls, "wgmma"): guard(_wgmma),
         (J.calls, "wgmma_accumulator_deref"): guard(_wgmma_accumulator_deref),
     }
@@ -457,11 +464,15 @@ def _reshaped_store(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any,
     shaped = whole.reshape(transforms[at].shape)
     index: tuple[Any, ...] = (...,)
     if after:
-        (indexer,) = after
+        indexer, *transposes = after
         index = tuple(
             slice(i.start, i.start + i.size) if isinstance(i, pl.Slice) else i
             for i in indexer.indices
         )
+        if transposes:  # of the part that is stored: ref.reshape(...).at[...].T[...] = value
+            assert [t.permutation for t in transposes] == [(1, 0)]
+            old, shaped = shaped[index].T, shaped.at[index].set(new.T)
+            return _write(self, eqn, token, key, shaped.reshape(whole.shape), before), [old]
     old, shaped = shaped[index], shaped.at[index].set(new)
     return _write(self, eqn, token, key, shaped.reshape(whole.shape), before), [old]
 
@@ -645,6 +656,37 @@ def _operand(shared: Any, key: Any, transforms: Any) -> tuple[Any, Any]:
     return key, shared.access(key, transforms)
 
 
+def _tma_store(
+    *, token: Any, thread: Any, reduction_op: str | None, source_info: Any = None, **rest: Any
+) -> Any:
+    calls = _jax().calls
+    if reduction_op is None:
+        stock = _stock()[calls, "copy_smem_to_gmem"]
+        return stock(token=token, thread=thread, reduction_op=None, source_info=source_info, **rest)
+    if reduction_op != "add" or rest["predicate"] is not None:
+        raise NotImplementedError(f"reduction_op={reduction_op!r}, or one with a predicate")
+    shared = calls._get_shared_memory()
+    (source, read), (target, written) = (
+        _operand(shared, rest[f"{x}_allocation_key_as_array"], rest[f"{x}_transforms"])
+        for x in ("src", "dst")
+    )
+    if shared.detect_races:
+        clock = shared.incr_clock(thread)
+        clock.inc(shared.get_next_tma_thread_id())
+        seen = clock.async_smem_clock.copy()
+        calls.get_races().check_read(thread, seen, source, read, source_info=source_info)
+        shared.add_copy_smem_to_gmem_clocks(thread, clock.copy(), clock)
+    value, _, _ = shared.get_buffer_content(source, read, thread)
+    inside = calls._clip_store_to_shape(
+        written, value, tuple(shared.buffer_shape_and_dtype(target).shape)
+    )
+    if inside is not None:
+        written, value = inside
+        old, _, _ = shared.get_buffer_content(target, written, thread)
+        shared.store_buffer_content(target, written, old + value, thread)
+    return token
+
+
 def _wgmma(*, token: Any, thread: Any, source_info: Any = None, **rest: Any) -> Any:
     stock = _stock()[_jax().calls, "wgmma"]
     token = stock(token=token, thread=thread, source_info=source_info, **rest)
@@ -746,9 +788,28 @@ def _atomics_body(x: Any, y: Any) -> None:
     plgpu.atomic_add(y, jnp.ones((64, 64), jnp.float32))
 
 
+def _tma_reduction_body(x: Any, y: Any, y_smem: Any) -> None:
+    y_smem[...] = x[...].astype(jnp.float32)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(y_smem, y)
+    plgpu.wait_smem_to_gmem(0)
+    plgpu.copy_smem_to_gmem(y_smem, y, reduction_op="add")
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _dependent_launch_body(x: Any, y: Any) -> None:
     plgpu.griddepcontrol_wait()
     y[...] = x[...].astype(jnp.float32)
+
+
+def _inline_code_body(x: Any, y: Any) -> None:
+    def same(_: Any, value: Any) -> Any:
+        return value
+
+    vars(same)["in_jax"] = lambda value: value
+    like = plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=plgpu.Layout.WGMMA)
+    inline = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=like)
+    y[...] = inline(same)(x[...].astype(jnp.float32))
 
 
 def _wgmma_races_body(x: Any, y: Any, x_smem: Any, barrier: Any) -> None:
@@ -777,7 +838,9 @@ def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
         "reshaped_store": _kernel(_reshaped_store_body, plgpu.SMEM((64, 64, 1), jnp.float32)),
         "predicated_store": _kernel(_predicated_store_body, plgpu.SMEM((64, 64), jnp.float32)),
         "atomics": _kernel(_atomics_body),
+        "tma_reduction": _kernel(_tma_reduction_body, plgpu.SMEM((64, 64), jnp.float32)),
         "dependent_launch": _kernel(_dependent_launch_body),
+        "inline_code": _kernel(_inline_code_body),
         "wgmma_races": _kernel(_wgmma_races_body, *_tile()),
     }
 
