@@ -40,7 +40,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _lib
 from .hybrid_attention_bwd import backward
-from .hybrid_attention_plan import ORDERED, TILE, HybridMeta, HybridPlan, check, plan_of
+from .hybrid_attention_meta import HybridMeta, check
+from .hybrid_attention_plan import ORDERED, TILE, HybridPlan, plan_of
 from .hybrid_attention_tiles import (
     COLUMN,
     COMPUTE_REGISTERS,

@@ -36,7 +36,8 @@ from torch.autograd.function import once_differentiable
 
 from . import _lib
 from .hybrid_attention_bwd import backward
-from .hybrid_attention_plan import ORDERED, TILE, HybridMeta, HybridPlan, check, plan_of
+from .hybrid_attention_meta import HybridMeta, check
+from .hybrid_attention_plan import ORDERED, TILE, HybridPlan, plan_of
 from .hybrid_attention_tiles import (
     LANES,
     LOG2_E,
