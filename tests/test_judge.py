@@ -32,7 +32,10 @@ def test_every_wrong_answer_is_caught_and_the_model_passes(problem, work, tally)
     rows = list(faults.answers(problem, work))
     tally += rows
     assert [row for row in rows if not row.ok] == []
-    assert {row.fault for row in rows} >= {"none", "unwritten_tail", "one_precision_lower"}
+    results = [s for which in work.passes for s in problem.results(work, which).values()]
+    exact = all(spec.exact or "int" in spec.dtype for spec in results)  # nothing is rounded there
+    of_any = {"shifted_by_one"} if exact else {"unwritten_tail", "one_precision_lower"}
+    assert {row.fault for row in rows} >= {"none"} | of_any
 
 
 @pytest.mark.parametrize("twin", ["triton", "pallas"])

@@ -40,6 +40,11 @@ def _arrays(problem, work):
     return arrays, [arrays[n] for n in problem.cotangents(work)]
 
 
+def _differentiable(problem, work):
+    """Of the positional arguments: frozen weights have no gradient, though they are numbers."""
+    return [f"d{name}" in problem.grads(work) for name in problem.positional(work)]
+
+
 @BACKWARD
 def test_one_twins_residuals_feed_the_others_backward(problem, work):
     """`res` means the same in both languages: fed with the same residuals, the backwards agree."""
@@ -117,7 +122,7 @@ def test_autograd_through_the_public_function_is_the_backward(problem, work):
     cotangents = [torch_side.native(x) for x in cotangents]
     kernel = torch_side.load(problem.implementations["triton"])
     _, args, given = prepared(torch_side, kernel, problem, work, "fwd", arrays)
-    smooth = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in args]
+    smooth = _differentiable(problem, work)
     leaves = [x.clone().requires_grad_() if s else x for x, s in zip(args, smooth, strict=True)]
     torch.autograd.backward(torch_side.outputs_of(kernel.public(*leaves, **given)), cotangents)
     _, res = kernel.fwd(*args, **given)
@@ -141,8 +146,9 @@ def test_vjp_through_the_public_function_is_the_backward(problem, work):
     def both(*args):
         out, pull = jax.vjp(lambda *xs: kernel.public(*xs, **given), *args)
         options = {k: v for k, v in work.options.items() if k in problem.bwd_options}
-        found = jax.tree.leaves(pull(cotangents if isinstance(out, tuple) else cotangents[0]))
-        wanted = [g for g in found if g.dtype != jax.dtypes.float0]
+        found = pull(cotangents if isinstance(out, tuple) else cotangents[0])
+        smooth = _differentiable(problem, work)
+        wanted = [g for g, s in zip(found, smooth, strict=True) if s]
         return wanted, kernel.bwd(kernel.fwd(*args, **given)[1], *cotangents, **options)
 
     got, expected = jax_side.run(both, inputs, {})

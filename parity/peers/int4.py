@@ -13,6 +13,8 @@ def cublas_bf16(which: str, inputs: Arrays, cotangents: Arrays, options: Options
     """torch's product with weights of 16 bits, which is cuBLAS: four times the bytes."""
     import torch
 
+    if which not in ("fwd", "bwd"):
+        return None
     w = _weights(inputs, options["group"])
     if which == "fwd":
         x, bias = _torch(inputs, "x", "bias")
