@@ -19,6 +19,8 @@ OWN_CONFIG_FIELDS = {
     "triton_kernels": {"warps", "programs"},
     "pallas_kernels": {"warpgroups", "cluster", "programs"},
     "pallas_kernels/softmax": {"stages"},
+    # Triton's next tile waits in registers, Pallas' in `stages`
+    "pallas_kernels/linear_scan": {"stages"},
     # Pallas swaps the operands always
     "triton_kernels/moe_gemm": {"decode"},
 }

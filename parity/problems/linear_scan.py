@@ -92,8 +92,8 @@ def scan_back(ar: Arithmetic, a: Any, dh: Any, dh_T: Any) -> Any:
     """u [L, W] of one sequence, from its end."""
     last = ar.empty((1, a.shape[1]), like=a)
     last[...] = 1
-    later = ar.xp.concat([a[1:, :], last], axis=0)
-    return ar.xp.flip(scan(ar, *(ar.xp.flip(x, axis=0) for x in (later, dh)), dh_T), axis=0)
+    later = ar.xp.flip(ar.xp.concat([a[1:, :], last], axis=0), axis=0)
+    return ar.xp.flip(scan(ar, later, ar.xp.flip(dh, axis=0), dh_T), axis=0)
 
 
 def before(ar: Arithmetic, h: Any, start: Any) -> Any:
@@ -210,10 +210,8 @@ def probe(work: Workload) -> dict | None:
     if work.name == "ci_float32":  # the interpreters are slow
         return None
     drawn = inputs(work) | cotangents(work)
-    return {
-        n: d if isinstance(d, Given) else Integers(d.shape, d.dtype, *((-1, 1) if n == "a" else ()))
-        for n, d in drawn.items()
-    }
+    whole = {n: Integers(d.shape, d.dtype) for n, d in drawn.items() if not isinstance(d, Given)}
+    return drawn | whole | {"a": Integers(drawn["a"].shape, work.dtype, -1, 1)}
 
 
 def cost(work: Workload, which: str) -> Cost:

@@ -86,16 +86,18 @@ def _sigmoid(ar: Arithmetic, x: Any) -> Any:
 
 
 def _gates(
-    ar: Arithmetic, work: Workload, x: Any, r_pre: Any, i_pre: Any, lam: Any, fresh: bool
+    ar: Arithmetic, work: Workload, arrays: tuple, lam: Any, rows: slice, cols: slice, fresh: bool
 ) -> _Gates:
-    """Of the rows of one sequence; fresh: the first token enters as it is."""
-    rate = work.options.get("c", 8.0) * _softplus(ar, ar.lift(lam))
-    r, i = _sigmoid(ar, ar.lift(r_pre)), _sigmoid(ar, ar.lift(i_pre))
+    """Of the rows of one sequence; arrays: (x, r_pre, i_pre); fresh: the first token enters as it
+    is."""
+    x, r_pre, i_pre = (ar.lift(v[rows, cols]) for v in arrays)
+    rate = work.options.get("c", 8.0) * _softplus(ar, ar.lift(lam[cols]))
+    r, i = _sigmoid(ar, r_pre), _sigmoid(ar, i_pre)
     a = ar.xp.exp(-rate * r)
     m = ar.xp.sqrt(-ar.xp.expm1(-2 * rate * r))
     if fresh:
         a[:1, :], m[:1, :] = 0, 1
-    return _Gates(ar.lift(x), r, i, a, m, rate)
+    return _Gates(x, r, i, a, m, rate)
 
 
 def oracle(
@@ -105,7 +107,7 @@ def oracle(
     h, h_T = ar.empty(x.shape, like=x), ar.empty((work["B"], work["W"]), like=x)
     for cols in columns(work):
         for s, rows in sequences(cu_seqlens):
-            g = _gates(ar, work, *(v[rows, cols] for v in (x, r_pre, i_pre)), lam[cols], h0 is None)
+            g = _gates(ar, work, (x, r_pre, i_pre), lam, rows, cols, h0 is None)
             h_T[s, cols] = start_of(ar, h0, s, cols, like=x)
             h[rows, cols] = scan(ar, g.a, g.m * g.i * g.x, h_T[s, cols])
             if rows.stop > rows.start:
@@ -122,7 +124,7 @@ def oracle_bwd(
     c, slope = work.options.get("c", 8.0), _sigmoid(ar, ar.lift(lam))
     for cols in columns(work):
         for s, rows in sequences(cu_seqlens):
-            g = _gates(ar, work, *(v[rows, cols] for v in (x, r_pre, i_pre)), lam[cols], h0 is None)
+            g = _gates(ar, work, (x, r_pre, i_pre), lam, rows, cols, h0 is None)
             start = start_of(ar, h0, s, cols, like=x)
             h = ar.stored(scan(ar, g.a, g.m * g.i * g.x, start), work.dtype)
             u = scan_back(ar, g.a, ar.lift(dh[rows, cols]), ar.lift(dh_T[s, cols]))
