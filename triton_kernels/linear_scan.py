@@ -92,7 +92,233 @@ class Config:
         return self.block_t, self.block_c, self.block_t // self.parts
 
     @property
-    def _fake_fwd(a, b, cu_seqlens, h0, config):
+    def resources(self) -> dict[str, int]:
+        """What a launch takes."""
+        registers = 65536 // (32 * self.warps * self.programs) // 8 * 8
+        return {"num_warps": self.warps, "maxnreg": min(255, registers)}
+
+
+def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd") -> Config:
+    """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
+    # 8 rows of two channels, of this tile and the next, are what 128 registers hold; 4 where they
+    # are wider or a backward has more arrays. Programs of narrow tiles are alone on their
+    # multiprocessor: more warps, for as many bytes in flight.
+    block_c, chunks = tiling(T, W, B, (64, 32), 4 * 132)
+    fewer = 1 + (which == "bwd" and (dtype.itemsize == 4 or block_c == 32))
+    if block_c == 64:
+        return Config(32 // fewer, block_c, chunks)
+    warps = next((w for w in (16, 8) if 16 * w * chunks <= T), 4)
+    return Config(16 * warps // fewer, block_c, chunks, warps, programs=1)
+
+
+@triton.jit
+def _linear_scan_carry_kernel(
+    a_ptr,  # [T, W]
+    b_ptr,  # [T, W]
+    cu_ptr,  # [B + 1] int32
+    h0_ptr,  # [B, W] float32 or None
+    carry_ptr,  # [chunks, 2, W] float32
+    T, W, B, chunk, stride_a, stride_b,
+    block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr, reverse: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = block_t // rows
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    ci = tl.program_id(1)
+    end = (ci + 1) * chunk
+    s = first_sequence(cu_ptr, end, T, B, reverse)
+    begin = bound(cu_ptr, s, T, B, reverse)
+    if (end < T) & (begin < end):  # a sequence goes on in the next chunk
+        first = tl.maximum(begin, ci * chunk)
+        a_all = tl.full((block_c,), 1.0, tl.float32)
+        h = initial(h0_ptr, s, c, W, B, reverse)
+        h = tl.where(begin >= ci * chunk, h, 0.0)
+        # --- 2. main loop
+        for k0 in tl.range(first, end, block_t):
+            a_tile = load_rows(a_ptr, stride_a, k0, end, c, W, T, parts, rows, reverse)
+            b_tile = load_rows(b_ptr, stride_b, k0, end, c, W, T, parts, rows, reverse)
+            a_part = tl.full((parts, block_c), 1.0, tl.float32)
+            b_part = tl.zeros((parts, block_c), tl.float32)
+            for r in tl.static_range(rows):
+                inside = step_of(k0, r, parts, rows) < end
+                a = tl.where(inside, a_tile[r].to(tl.float32), 1.0)
+                b = b_tile[r].to(tl.float32)
+                if reverse:
+                    b_part = a * (b_part + b)
+                else:
+                    b_part = a * b_part + b
+                a_part *= a
+            _, h = across(a_part, b_part, h)
+            _, a_all = across(a_part, tl.zeros((parts, block_c), tl.float32), a_all)
+        # --- 3. epilogue
+        carry = carry_ptr + 2 * ci.to(tl.int64) * W + c
+        # --- 4. store
+        tl.store(carry, a_all, c < W)
+        tl.store(carry + W, h, c < W)
+
+
+@triton.jit
+def _linear_scan_fwd_kernel(
+    a_ptr,  # [T, W]
+    b_ptr,  # [T, W]
+    cu_ptr,  # [B + 1] int32
+    h0_ptr,  # [B, W] float32 or None
+    carry_ptr,  # [chunks, 2, W] float32
+    h_ptr,  # [T, W]
+    h_T_ptr,  # [B, W] float32
+    T, W, B, chunk, stride_a, stride_b,
+    block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = block_t // rows
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    ci = tl.program_id(1)
+    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
+    s = first_sequence(cu_ptr, first, T, B, False)
+    begin, stop = bound(cu_ptr, s, T, B, False), bound(cu_ptr, s + 1, T, B, False)
+    if begin < first:
+        h = carried(carry_ptr, begin, chunk, ci, c, W)
+    else:
+        h = initial(h0_ptr, s, c, W, B, False)
+
+    # --- 2. main loop
+    k0 = first
+    a_tile = load_rows(a_ptr, stride_a, k0, end, c, W, T, parts, rows, False)
+    b_tile = load_rows(b_ptr, stride_b, k0, end, c, W, T, parts, rows, False)
+    while (k0 < end) & (s < B):
+        k1 = tl.minimum(k0 + block_t, end)
+        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
+        done = stop <= k1
+        stays = (
+            done & (s + 1 < B) & ((stop < k1) | (k1 == T))
+        )  # the next one has a part in the tile
+        k_next = tl.where(stays, k0, k1)
+        a_next = load_rows(a_ptr, stride_a, k_next, end, c, W, T, parts, rows, False)
+        b_next = load_rows(b_ptr, stride_b, k_next, end, c, W, T, parts, rows, False)
+        a_part = tl.full((parts, block_c), 1.0, tl.float32)
+        b_part = tl.zeros((parts, block_c), tl.float32)
+        for r in tl.static_range(rows):
+            k = step_of(k0, r, parts, rows)
+            inside = (k >= low) & (k < high)
+            a = tl.where(inside, a_tile[r].to(tl.float32), 1.0)
+            b_part = a * b_part + tl.where(inside, b_tile[r].to(tl.float32), 0.0)
+            a_part *= a
+        # --- 3. epilogue
+        h_row, h = across(a_part, b_part, h)
+        # --- 4. store
+        for r in tl.static_range(rows):
+            k = step_of(k0, r, parts, rows)
+            inside = (k >= low) & (k < high)
+            a = tl.where(inside, a_tile[r].to(tl.float32), 1.0)
+            h_row = a * h_row + tl.where(inside, b_tile[r].to(tl.float32), 0.0)
+            h_tile = h_row.to(h_ptr.dtype.element_ty)
+            tl.store(row_ptr(h_ptr, W, k, c, T, False), h_tile, inside & (c < W)[None, :])
+        if done:
+            tl.store(state_row(h_T_ptr, s, c, W, B, False), h, c < W)
+            s += 1
+            h = initial(h0_ptr, s, c, W, B, False)
+            begin = stop
+            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, False)
+        k0, a_tile, b_tile = k_next, a_next, b_next
+
+
+@triton.jit
+def _linear_scan_bwd_kernel(
+    a_ptr,  # [T, W]
+    h_ptr,  # [T, W]
+    cu_ptr,  # [B + 1] int32
+    h0_ptr,  # [B, W] float32 or None
+    carry_ptr,  # [chunks, 2, W] float32
+    dh_ptr,  # [T, W]
+    dh_T_ptr,  # [B, W] float32 or None
+    da_ptr,  # [T, W]
+    db_ptr,  # [T, W]
+    dh0_ptr,  # [B, W] float32
+    T, W, B, chunk, stride_a, stride_h, stride_dh,
+    block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = block_t // rows
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    ci = tl.program_id(1)
+    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
+    s = first_sequence(cu_ptr, first, T, B, True)
+    begin, stop = bound(cu_ptr, s, T, B, True), bound(cu_ptr, s + 1, T, B, True)
+    if begin < first:
+        v = carried(carry_ptr, begin, chunk, ci, c, W)
+    else:
+        v = initial(dh_T_ptr, s, c, W, B, True)
+
+    # --- 2. main loop
+    k0 = first
+    a_tile = load_rows(a_ptr, stride_a, k0, end, c, W, T, parts, rows, True)
+    dh_tile = load_rows(dh_ptr, stride_dh, k0, end, c, W, T, parts, rows, True)
+    h_tile = load_rows(h_ptr, stride_h, k0, end, c, W, T, parts, rows, True, -1)
+    while (k0 < end) & (s < B):
+        k1 = tl.minimum(k0 + block_t, end)
+        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
+        done = stop <= k1
+        stays = done & (s + 1 < B) & ((stop < k1) | (k1 == T))
+        k_next = tl.where(stays, k0, k1)
+        a_next = load_rows(a_ptr, stride_a, k_next, end, c, W, T, parts, rows, True)
+        dh_next = load_rows(dh_ptr, stride_dh, k_next, end, c, W, T, parts, rows, True)
+        h_next = load_rows(h_ptr, stride_h, k_next, end, c, W, T, parts, rows, True, -1)
+        a_part = tl.full((parts, block_c), 1.0, tl.float32)
+        b_part = tl.zeros((parts, block_c), tl.float32)
+        for r in tl.static_range(rows):
+            k = step_of(k0, r, parts, rows)
+            inside = (k >= low) & (k < high)
+            a = tl.where(inside, a_tile[r].to(tl.float32), 1.0)
+            b_part = a * (b_part + tl.where(inside, dh_tile[r].to(tl.float32), 0.0))
+            a_part *= a
+        # --- 3. epilogue
+        v_row, v = across(a_part, b_part, v)
+        # --- 4. store
+        h_start = initial(h0_ptr, s, c, W, B, True)[None, :]
+        for r in tl.static_range(rows):
+            k = step_of(k0, r, parts, rows)
+            inside = (k >= low) & (k < high)
+            a = tl.where(inside, a_tile[r].to(tl.float32), 1.0)
+            u = v_row + tl.where(inside, dh_tile[r].to(tl.float32), 0.0)
+            v_row = a * u
+            da = u * tl.where(k == stop - 1, h_start, h_tile[r].to(tl.float32))
+            exist = inside & (c < W)[None, :]
+            da = da.to(da_ptr.dtype.element_ty)
+            tl.store(row_ptr(da_ptr, W, k, c, T, True), da, exist)
+            tl.store(row_ptr(db_ptr, W, k, c, T, True), u.to(da.dtype), exist)
+        if done:
+            tl.store(state_row(dh0_ptr, s, c, W, B, True), v, c < W)
+            s += 1
+            v = initial(dh_T_ptr, s, c, W, B, True)
+            begin = stop
+            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, True)
+        k0, a_tile, dh_tile, h_tile = k_next, a_next, dh_next, h_next
+
+
+@triton.jit
+def _linear_scan_step_kernel(
+    a_ptr,  # [B, W]
+    b_ptr,  # [B, W]
+    h0_ptr,  # [B, W] float32 or None
+    h_ptr,  # [B, W]
+    h_T_ptr,  # [B, W] float32
+    W, stride_a, stride_b, block_c: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    c = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    s = tl.program_id(1)
+    # --- 2. main loop: one token
+    row, exist = s.to(tl.int64), c < W
+    a = tl.load(a_ptr + row * stride_a + c, exist, 0.0).to(tl.float32)
+    b = tl.load(b_ptr + row * stride_b + c, exist, 0.0).to(tl.float32)
+    # --- 3. epilogue
+    h = b if h0_ptr is None else a * tl.load(h0_ptr + row * W + c, exist, 0.0) + b
+    # --- 4. store
+    tl.store(h_ptr + row * W + c, h.to(h_ptr.dtype.element_ty), exist)
+    tl.store(h_T_ptr + row * W + c, h, exist)
+
+
+def _fake_fwd(a, b, cu_seqlens, h0, config):
     states = len(cu_seqlens) - 1, a.shape[1]
     return [a.new_empty(a.shape), a.new_empty(states, dtype=torch.float32)]
 
