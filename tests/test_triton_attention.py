@@ -23,6 +23,7 @@ from parity.check import check  # noqa: E402
 from parity.frameworks.torch import load  # noqa: E402
 from parity.frameworks.triton_interpreter import launches  # noqa: E402
 from parity.problems import PROBLEMS  # noqa: E402
+from parity.problems import hybrid_attention_atomic as atomic  # noqa: E402
 from parity.problems.hybrid_attention import PLAN, PROBLEM, planned  # noqa: E402
 from triton_kernels import HybridMeta, HybridPlan, _lib, hybrid_attention, hybrid_plan  # noqa: E402
 
@@ -395,6 +396,12 @@ def test_the_atomic_variant_differs_in_its_backward_alone():
         assert error(ours, theirs.double()) < 1e-3
 
 
+def test_the_atomic_variant_is_judged_as_its_problem_says():
+    impls = {"triton": atomic.PROBLEM.implementations["triton"]}
+    (row,) = check(atomic.PROBLEM, atomic.PROBLEM.workload("ci"), impls=impls)
+    assert (row.which, row.ok) == ("bwd", True), row.detail
+
+
 @pytest.mark.parametrize("touched", range(2))
 def test_only_sums_without_order_may_differ_from_run_to_run(touched):
     kernel, runs, found = load(PROBLEM.implementations["triton"]), count(), []
@@ -409,7 +416,7 @@ def test_only_sums_without_order_may_differ_from_run_to_run(touched):
     (row,) = check(problem, work, impls=impls, passes=("bwd",), repeats=2)
     # answers from memory have no witness, and are refused for that alone
     assert row.reason == ("nondeterministic" if touched else "witness"), row.detail
-    assert all(p.stem.endswith("_atomic") for p in PROBLEMS if p.unordered)
+    assert all(p.stem.endswith("_atomic") for p in (*PROBLEMS, atomic.PROBLEM) if p.unordered)
 
 
 def test_only_needed_gradients_and_one_differentiation():
