@@ -7,8 +7,10 @@
     the plan: every tile's expert, rows and columns, from sizes, on the device
     for each tile of this block:
         memory warpgroup:   for each k: wait until the slot is free; TMA x and w tiles into it
-        compute warpgroups: for each k: wait until the slot is full; acc += x_tile @ w_tile; free it
-                            bias, activation, row_scale; store the rows that are the expert's own
+        compute warpgroups: for each k: wait until the slot is full; free it after
+                                acc += w_tile^T @ x_tile^T
+                            bias, activation, row_scale; store, transposed, the rows that are the
+                            expert's own
     the dead rows: store zeros
 
 With rows, a kernel before it brings the rows of x together: TMA on Hopper has no gather.
@@ -17,13 +19,19 @@ Backward: dx is the same kernel over w transposed; dw sums over the rows of an e
 (moe_gemm_dw.py). The plan: moe_gemm_plan.py. What is fused, and its gradients:
 moe_gemm_fusions.py.
 
+Operands are swapped because wgmma takes one side in steps of 64 and the other in steps of 8: the
+columns of w, which every expert has alike, fill the first, and a tile has as many rows as suit the
+rows of an expert. Two tiles of 144 rows hold most experts of 256 rows, where tiles of 128 leave a
+third with a few. All tiles take the same time, so that blocks which share an expert's weights stay
+in step, and read them from memory once.
+
 The sizes stay on the device and shape nothing but the loops: one compiled kernel serves every
 routing. A tile of rows starts at a multiple of 8 rows, as swizzled shared memory demands, so up to
 7 rows before the expert's first one are computed and not stored, as are those after its last.
 
-Few rows per expert take the same kernel with tiles of 64 rows: what counts there is that each
+Few rows per expert take the same kernel with tiles of few rows: what counts there is that each
 expert's weights are read once, in long rows, with 160 KB of them on their way to each
-multiprocessor, and the product of the rows that are not there costs no time.
+multiprocessor.
 
 Limits: Hopper; bfloat16 and float16 operands. Sizes that TMA cannot address (rows that do not start
 at multiples of 16 bytes, parts of an 8 x 64 tile) are padded first, in XLA.
@@ -50,7 +58,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _lib
 from .moe_gemm_dw import (
-    EPILOGUE_M,
     FEW_BARRIERS,
     MEMORY_REGISTERS,
     launch,
@@ -58,7 +65,6 @@ from .moe_gemm_dw import (
     product_dw,
     ready_to_compute,
     ring,
-    store_slots,
 )
 from .moe_gemm_fusions import (
     PAIR_LAYOUT,
@@ -70,6 +76,8 @@ from .moe_gemm_fusions import (
     gather_bwd,
     gathered,
     pair_smem,
+    put,
+    put_transposed,
     scaled,
     with_bias,
     wrong_ones,
@@ -87,6 +95,9 @@ from .moe_gemm_plan import (
 )
 
 DTYPES = (jnp.bfloat16, jnp.float16)
+# Rows of a tile beside 256 columns: its float32 accumulator, 192 registers of each thread of two
+# warpgroups at most, leaves room for the rest.
+BLOCKS_M = (*range(32, 160, 8), 176, 184, 192)
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,8 @@ class Config:
         slice of k in one slot of the ring. For dw: columns of x, columns of dy, and rows of a slot.
     stages: slots of the ring.
     group_m: row tiles of an expert that are visited before the next tile of columns, at most.
-    warpgroups: compute warpgroups; each takes block_m / warpgroups rows (one more loads).
+    warpgroups: compute warpgroups; each takes block_n / warpgroups columns of y, and of dw
+        block_m / warpgroups rows (one more loads).
     cluster: blocks that share a tile by multicast, 1 or 2: neighbours along n share that of x; for
         dw, neighbours along m share that of dy.
     """
@@ -105,7 +117,7 @@ class Config:
     block_m: int = 128
     block_n: int = 256
     block_k: int = 64
-    stages: int = 3
+    stages: int = 4
     group_m: int = 24
     warpgroups: int = 2
     cluster: int = 1
@@ -113,11 +125,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.warpgroups not in (1, 2, 3):
             raise ValueError(f"warpgroups: expected 1, 2 or 3, got {self.warpgroups}")
-        if self.block_m % (64 * self.warpgroups):
-            raise ValueError(
-                f"block_m: expected a multiple of 64 rows for each of {self.warpgroups} "
-                f"warpgroups, got {self.block_m}"
-            )
+        if self.block_m % ALIGN:
+            raise ValueError(f"block_m: expected a multiple of {ALIGN}, got {self.block_m}")
         for name in ("block_n", "block_k"):
             if getattr(self, name) % 64:
                 raise ValueError(f"{name}: expected a multiple of 64, got {getattr(self, name)}")
@@ -127,44 +136,39 @@ class Config:
             raise ValueError(f"cluster: expected 1 or 2, got {self.cluster}")
 
 
-# Each with the time of one tile beside the first's, on an H200.
-CANDIDATES = (
-    # The largest tile whose float32 accumulator fits the registers of two warpgroups (128 a
-    # thread): each byte fetched feeds the most multiplications. A fourth stage would take the room
-    # of a whole tile on its way out, and the warpgroups would wait for stores of their own.
-    (Config(), 1.0),
-    # A tile nearly as good, for sizes that it fits better.
-    (Config(block_n=192, stages=4), 0.77),
-)
-
-
 def default_config(M: int, N: int, K: int, E: int, dtype: Any, dw: bool = False) -> Config:
     """The Config for these sizes on a Hopper with 132 multiprocessors.
 
     M rows shared by E experts, each times [K, N]; dw: the gradient of those weights.
     """
     del dtype
-    narrow = _lib.cdiv(N, 64) * 64
     if dw:
         # An expert has few steps, so more of them have to be on their way. Pairs of blocks need an
         # even number of tiles to share.
         cluster = 2 if _lib.cdiv(K, 128) % 2 == 0 else 1
-        return Config(block_n=min(256, narrow), stages=4, group_m=16, cluster=cluster)
+        return Config(block_n=min(256, _lib.cdiv(N, 64) * 64), group_m=16, cluster=cluster)
+    rows = max(1, M / E)  # of an expert; the spread is that of rows that choose one by chance
+    spread = math.sqrt(rows)
     if M <= 16 * E:
         # Each expert's weights are read once, in rows as long as leave no multiprocessor idle.
+        block_m = _lib.cdiv(math.ceil(rows + 2 * spread) + ALIGN - 1, ALIGN) * ALIGN
+        stages = 6 if block_m <= 16 else 5
         if min(M, E) * _lib.cdiv(N, 256) >= 132:
-            return Config(block_m=64, stages=5, warpgroups=1)
-        return Config(64, min(128, narrow), 128, 4, warpgroups=1)
-    if narrow <= 256:
-        return Config(block_n=narrow)
+            return Config(block_m, stages=stages)
+        return Config(block_m, 128, 128, stages)
 
-    # Blocks finish in waves. An expert's last tile of rows is a part of one, half on average.
-    def cost(candidate: tuple[Config, float]) -> float:
-        config, time = candidate
-        rows = _lib.cdiv(M, config.block_m) + E / 2
-        return math.ceil(rows * _lib.cdiv(N, config.block_n) / 132) * time
+    # The more rows, the more multiplications for each byte fetched; but tiles that fit the rows of
+    # an expert compute fewer that it does not have, and blocks finish in waves of 132.
+    def cost(block_m: int) -> float:
+        tiles = 1 + sum(
+            math.erfc((end - rows - ALIGN / 2) / (spread * math.sqrt(2))) / 2
+            for end in range(block_m, math.ceil(rows + 6 * spread), block_m)
+        )
+        return math.ceil(tiles * E * _lib.cdiv(N, 256) / 132) * (block_m + 8)
 
-    return min(CANDIDATES, key=cost)[0]
+    block_m = min(BLOCKS_M, key=cost)
+    # What four slots leave of shared memory would not hold enough of a taller tile on its way out.
+    return Config(block_m, min(256, _lib.cdiv(N, 128) * 128), stages=4 if block_m <= 152 else 3)
 
 
 def _store_rows(slots: Any, y_gmem: Any, row: Any, columns: list[Any], lo: Any, hi: Any) -> None:
@@ -172,8 +176,9 @@ def _store_rows(slots: Any, y_gmem: Any, row: Any, columns: list[Any], lo: Any, 
 
     Shapes of a copy are static: it takes one copy for each bit of the number of rows.
     """
-    size, width = slots.shape[1:]
+    rows, width = slots.shape[1:]
     live = hi - lo
+    size = 1 << (rows.bit_length() - 1)
     while size:
 
         @pl.when((live & size) != 0)
@@ -199,8 +204,11 @@ def _store_zeros(c_smem: Any, y_gmem: Any, live: Any, blocks: tuple[str, ...]) -
     @pl.when(dead > 0)
     def _() -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        zeros = jnp.zeros((rows, columns), c_smem.dtype)
-        c_smem[...] = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        if rows % 64 == 0:
+            zeros = jnp.zeros((rows, columns), c_smem.dtype)
+            put(c_smem, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+        else:
+            put_transposed(c_smem, jnp.zeros((columns, rows), c_smem.dtype))
         plgpu.commit_smem()
 
         @plgpu.nd_loop((dead, _lib.cdiv(y_gmem.shape[1], columns)), collective_axes=blocks)
@@ -232,16 +240,16 @@ def _moe_gemm_kernel(
     h_gmem = next(given) if kept else None  # [M, N]
     x_smem = next(given)  # [stages, block_m, block_k]
     w_smem = next(given)  # [stages, *tile of w]
-    c_smem = next(given)  # [warpgroups, slots, 64, columns of a store of y]
     full = next(given)  # [stages] barriers: TMA has filled the slot
     free = next(given)  # [stages] barriers: every reader is done with the slot
-    h_smem = next(given) if kept else None  # [warpgroups, 1, 64, columns of a store of h]
+    c_smem = next(given)  # [warpgroups, slots, rows of a store, width]
+    h_smem = next(given) if kept else None  # [warpgroups, 1, rows of a store, PIECE]
     pairs_smem = next(given) if activation else None  # [warpgroups, 64, pairs, 2]
     block_n, block_k = config.block_n, config.block_k
     stages, cluster = config.stages, config.cluster
     num_k = _lib.cdiv(K, block_k)
     wg = lax.axis_index("wg")
-    rows = config.block_m // config.warpgroups
+    cols = block_n // config.warpgroups
     halved = 2 if activation else 1
 
     def each_tile(body: Callable[..., None]) -> None:
@@ -307,86 +315,80 @@ def _moe_gemm_kernel(
 
         @each_tile
         def _tile(done: Any, e: Any, row: Any, start: Any, stop: Any, n: Any) -> None:
-            m = row + wg * rows
-            # Of this warpgroup's rows, those that are the expert's own
-            lo, hi = jnp.maximum(start - m, 0), jnp.minimum(stop - m, rows)
+            n += wg * cols
 
-            @pl.when(hi <= 0)
-            def _skip() -> None:
+            def accumulate(acc: Any) -> jax.Array:
+                # --- 2. main loop
                 @pl.loop(0, num_k)
                 def _step(ki: jax.Array) -> None:
-                    plgpu.barrier_wait(full.at[slot_of(done + ki)])
-                    plgpu.barrier_arrive(free.at[slot_of(done + ki)])
+                    slot, own = slot_of(done + ki), pl.ds(wg * cols, cols)
+                    w_tile = w_smem.at[slot, own] if transpose_w else w_smem.at[slot, :, own].T
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.wgmma(acc, w_tile, x_smem.at[slot].T)
+                    # This product may run on; the one before it is done, its slot is free.
+                    plgpu.wgmma_wait(1)
 
-            @pl.when(hi > 0)
-            def _multiply() -> None:
-                def accumulate(acc: Any) -> jax.Array:
-                    # --- 2. main loop
-                    @pl.loop(0, num_k)
-                    def _step(ki: jax.Array) -> None:
-                        slot = slot_of(done + ki)
-                        w_tile = w_smem.at[slot].T if transpose_w else w_smem.at[slot]
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(acc, x_smem.at[slot, pl.ds(wg * rows, rows)], w_tile)
-                        # This product may run on; the one before it is done, its slot is free.
-                        plgpu.wgmma_wait(1)
+                    @pl.when(ki > 0)
+                    def _release() -> None:
+                        plgpu.barrier_arrive(free.at[slot_of(done + ki - 1)])
 
-                        @pl.when(ki > 0)
-                        def _release() -> None:
-                            plgpu.barrier_arrive(free.at[slot_of(done + ki - 1)])
+                return acc[...]  # waits for the last product
 
-                    return acc[...]  # waits for the last product
+            acc = pl.run_scoped(accumulate, plgpu.ACC((cols, config.block_m), jnp.float32))
+            plgpu.barrier_arrive(free.at[slot_of(done + num_k - 1)])
 
-                acc = pl.run_scoped(accumulate, plgpu.ACC((rows, block_n), jnp.float32))
-                plgpu.barrier_arrive(free.at[slot_of(done + num_k - 1)])
+            # --- 3. epilogue
+            slots, height, width = c_smem.shape[1:]
 
-                # --- 3. epilogue
-                def hidden(i: int, live: list[Any]) -> Iterator[tuple[int, jax.Array]]:
-                    """(column, h), 64 rows and columns at a time; h is kept on the way."""
-                    for j in range(0, block_n, PIECE):
-                        h = acc[i : i + EPILOGUE_M, j : j + PIECE]
-                        if bias_gmem is not None:
-                            h = with_bias(h, bias_gmem, e, n + j)
-                        if h_smem is not None:
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                            h_smem.at[wg, 0][...] = h.astype(h_smem.dtype)
-                            plgpu.commit_smem()
-                            _store_rows(h_smem.at[wg], h_gmem, m + i, [n + j], *live)
-                        yield j, h
+            def hidden(j: int, part: int, live: list[Any]) -> Iterator[jax.Array]:
+                """h of `part` rows from j on, transposed: 64 columns at a time, kept on the way."""
+                for i in range(0, cols, PIECE):
+                    h = acc[i : i + PIECE, j : j + part]
+                    if bias_gmem is not None:
+                        h = with_bias(h, bias_gmem, e, n + i)
+                    if h_smem is not None:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        put_transposed(h_smem.at[wg, 0, pl.ds(0, part)], h.astype(h_smem.dtype))
+                        plgpu.commit_smem()
+                        _store_rows(h_smem.at[wg], h_gmem, row + j, [n + i], *live)
+                    yield h
 
-                def finished(i: int, live: list[Any]) -> Iterator[tuple[int, jax.Array]]:
-                    """(column, y), 64 rows of 128 bytes at a time.
+            def finished(j: int, part: int, live: list[Any]) -> Iterator[Callable[[Any], None]]:
+                """What writes y of those rows to a slot, `width` columns at a time.
 
-                    A slot is written whole: a part of its rows would be swizzled as their front.
-                    """
-                    parts = []
-                    for j, h in hidden(i, live):
-                        y = h if pairs_smem is None else activated(h, pairs_smem.at[wg])
+                A slot is written whole: a part of its rows would be swizzled as their front.
+                """
+                halves = []
+                for h in hidden(j, part, live):
+                    if activation is None:
                         if row_scale_gmem is not None:
-                            layout = PAIR_LAYOUT if activation else plgpu.Layout.WGMMA
-                            y = scaled(y, row_scale_gmem, m + i, layout)
-                        parts.append(y.astype(y_gmem.dtype))
-                        y = parts[0] if len(parts) == 1 else lax.concatenate(parts, 1)
-                        if y.shape[1] < width:
-                            continue
-                        end, parts = (j + PIECE) // halved, []
-                        for at in range(0, y.shape[1], width):
-                            yield end - y.shape[1] + at, y[:, at : at + width]
+                            h = scaled(h, row_scale_gmem, row + j, plgpu.Layout.WGMMA, 1)
+                        yield functools.partial(put_transposed, values=h.astype(y_gmem.dtype))
+                        continue
+                    y = activated(h, pairs_smem.at[wg])
+                    if row_scale_gmem is not None:
+                        y = scaled(y, row_scale_gmem, row + j, PAIR_LAYOUT, 0)
+                    halves.append(y.astype(y_gmem.dtype))
+                    if len(halves) * PIECE == 2 * width:
+                        values = halves[0] if len(halves) == 1 else lax.concatenate(halves, 1)
+                        yield functools.partial(put, values=values)
+                        halves = []
 
-                # --- 4. store
-                slots, width = c_smem.shape[1], c_smem.shape[-1]
-                for i in range(0, rows, EPILOGUE_M):
-                    live = [jnp.clip(end - i, 0, EPILOGUE_M) for end in (lo, hi)]
-                    columns: list[Any] = []
-                    for column, y in finished(i, live):
-                        if not columns:
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        c_smem.at[wg, len(columns)][...] = y
-                        columns.append(lax.div(n, halved) + column)
-                        if len(columns) == slots or (column + width) * halved == block_n:
-                            plgpu.commit_smem()
-                            _store_rows(c_smem.at[wg], y_gmem, m + i, columns, *live)
-                            columns = []
+            # --- 4. store
+            lo, hi = jnp.maximum(start - row, 0), jnp.minimum(stop - row, config.block_m)
+            for j in range(0, config.block_m, height):
+                part = min(height, config.block_m - j)
+                live = [jnp.clip(end - j, 0, part) for end in (lo, hi)]
+                columns: list[Any] = []
+                for i, write in enumerate(finished(j, part, live)):
+                    if not columns:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    write(c_smem.at[wg, len(columns), pl.ds(0, part)])
+                    columns.append(lax.div(n, halved) + i * width)
+                    if len(columns) == slots or (i + 1) * width * halved == cols:
+                        plgpu.commit_smem()
+                        _store_rows(c_smem.at[wg], y_gmem, row + j, columns, *live)
+                        columns = []
 
         @pl.when(wg == 0)
         def _dead() -> None:
@@ -396,6 +398,37 @@ def _moe_gemm_kernel(
                 _store_zeros(h_smem.at[0, 0], h_gmem, plan_gmem[LIVE, 0], blocks)
 
         plgpu.wait_smem_to_gmem(0)
+
+
+def _staging(
+    config: Config, left: int, dtype: Any, out_dtype: Any, activation: str | None, keep: bool
+) -> list[Any]:
+    """Shared memory, of `left` bytes, for what becomes of a tile on its way to y.
+
+    As many pieces of y as fit, at most a whole tile: those wait for none of their own stores.
+    """
+    halved = 2 if activation else 1
+    # Swizzled are rows of 128 bytes. Of float32, what is not transposed comes in such rows too.
+    width = PIECE if activation is None else min(PIECE, 1024 // _lib.bits(out_dtype))
+
+    def pieces(slots: int, width: int, dtype: Any) -> Any:
+        # Rows are not tiled, so that a store starts at any.
+        transforms = (plgpu.SwizzleTransform(128),) if width * _lib.bits(dtype) == 1024 else ()
+        return plgpu.SMEM((config.warpgroups, slots, height, width), dtype, transforms=transforms)
+
+    more = []
+    if activation:
+        more.append(pair_smem(config.warpgroups))
+        left -= more[0].inner_aval.size * 4
+    y_bytes, h_bytes = width * _lib.bits(out_dtype) // 8, PIECE * _lib.bits(dtype) // 8
+    for parts in range(1, config.block_m // ALIGN + 1):
+        height = 64 if activation else _lib.cdiv(config.block_m, parts * ALIGN) * ALIGN
+        slots = (left // (config.warpgroups * height) - keep * h_bytes) // y_bytes
+        if slots > 0:
+            break
+    slots = max(1, min(slots, config.block_n // config.warpgroups // (width * halved)))
+    kept = [pieces(1, PIECE, dtype)] if keep else []
+    return [pieces(slots, width, out_dtype), *kept, *more]
 
 
 def _product(
@@ -417,17 +450,23 @@ def _product(
     beyond the last one are not written."""
     K, N = w.shape[:0:-1] if transpose_w else w.shape[1:]
     halved = 2 if activation else 1
+    columns_each = PIECE * config.warpgroups * halved
+    if config.block_n % columns_each or config.block_m > 256:
+        raise ValueError(
+            f"config: expected at most 256 rows and a multiple of {columns_each} columns for y, "
+            f"got {config.block_m} and {config.block_n}"
+        )
+    if activation and config.block_m % 64:
+        raise ValueError(
+            f"config: expected a multiple of 64 rows under swiglu, got {config.block_m}"
+        )
     out_type = [jax.ShapeDtypeStruct((M, pitch(N // halved, out_dtype, unit)), out_dtype)]
-    more = []  # shared memory for what becomes of h on its way to y
     if keep:
         out_type.append(jax.ShapeDtypeStruct((M, pitch(N, x.dtype)), x.dtype))
-        more.append(store_slots((config.warpgroups, 1), x.dtype))
-    if activation:
-        more.append(pair_smem(config.warpgroups))
-    reserved = sum(smem.inner_aval.size * smem.inner_aval.dtype.itemsize for smem in more)
     k, n = config.block_k, config.block_n
     tiles = ((config.block_m, k), (n, k) if transpose_w else (k, n))
-    scratch = ring(config, tiles, x.dtype, out_dtype, config.block_n // halved, reserved)
+    scratch, left = ring(config, tiles, x.dtype)
+    scratch += _staging(config, left, x.dtype, out_dtype, activation, keep)
     arrays = [_lib.pad(x, ALIGN, 64), _lib.pad(w, 8, 64), plan]
     if bias is not None:
         arrays.append(_lib.pad(bias, config.block_n * config.cluster))
@@ -445,7 +484,6 @@ def _product(
     )
     # Parting gate and up, lanes read what others have written.
     params = PARAMS if activation else FEW_BARRIERS
-    scratch += more
     return launch(kernel, "moe_gemm_kernel", config, out_type, scratch, *arrays, params=params)
 
 
@@ -508,13 +546,7 @@ def _forward(
     if config is None:
         config = default_config(M, N, K, E, x.dtype)
         if activation or keep:  # which need shared memory of their own
-            block_n = _lib.cdiv(config.block_n, 128) * 128
-            config = replace(config, stages=3, block_n=block_n)
-    if activation and config.block_n % 128:
-        raise ValueError(
-            f"config: expected a block_n of 128 columns or a multiple under swiglu, "
-            f"got {config.block_n}"
-        )
+            config = replace(config, block_m=128, block_n=256, stages=3)
     plan = tile_plan(sizes, M, N, config)
     y, *h = _product(
         gathered(x, rows, plan),

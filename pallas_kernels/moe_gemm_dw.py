@@ -67,9 +67,9 @@ def _moe_gemm_dw_kernel(
     dw_gmem: Any,  # [E, K, N]
     x_smem: Any,  # [stages, block_k, block_m]
     dy_smem: Any,  # [stages, block_k, block_n]
-    c_smem: Any,  # [warpgroups, slots, 64, columns of 128 bytes]
     full: Any,  # [stages] barriers: TMA has filled the slot
     free: Any,  # [stages] barriers: every reader is done with the slot
+    c_smem: Any,  # [warpgroups, slots, 64, columns of 128 bytes]
     cleared: Any,  # barrier: every warpgroup has cleared its share of a slot
     *,
     N: int,
@@ -227,45 +227,24 @@ def ready_to_compute(config: Any, free: Any) -> None:
         plgpu.barrier_arrive(free.at[slot])
 
 
-def store_slots(slots: tuple[int, int], dtype: Any) -> Any:
-    """Shared memory for pieces on their way out. Rows are not tiled: a store starts at any, at a
-    multiple of 128 bytes as TMA wants it."""
-    columns = EPILOGUE_BYTES * 8 // _lib.bits(dtype)
-    transforms = (plgpu.SwizzleTransform(EPILOGUE_BYTES),)
-    return plgpu.SMEM((*slots, EPILOGUE_M, columns), dtype, transforms=transforms)
-
-
-def ring(
-    config: Any,
-    tiles: tuple[tuple[int, int], ...],
-    dtype: Any,
-    out_dtype: Any,
-    width: int,
-    reserved: int = 0,
-) -> list[Any]:
-    """Shared memory and barriers of the two products: slots, pieces to store, full and free.
-
-    What the ring and `reserved` bytes leave of shared memory holds pieces, at most 64 rows of
-    `width` columns for each warpgroup: those then wait for none of their own stores.
-    """
-    columns = EPILOGUE_BYTES * 8 // _lib.bits(out_dtype)
+def ring(config: Any, tiles: tuple[tuple[int, int], ...], dtype: Any) -> tuple[list[Any], int]:
+    """Shared memory and barriers of the two products: slots, full and free; and the
+    bytes of shared memory that are left."""
     taken = config.stages * sum(rows * cols for rows, cols in tiles) * _lib.bits(dtype) // 8
-    left = SHARED_BYTES - taken - reserved
-    slots = min(left // (config.warpgroups * EPILOGUE_M * EPILOGUE_BYTES), width // columns)
     barrier = (
         functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
         if config.cluster > 1
         else plgpu.Barrier
     )
-    return [
+    found = [
         *(
             plgpu.SMEM((config.stages, *tile), dtype, transforms=_lib.swizzled(dtype))
             for tile in tiles
         ),
-        store_slots((config.warpgroups, max(1, slots)), out_dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
         barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
     ]
+    return found, SHARED_BYTES - taken
 
 
 def launch(
@@ -304,14 +283,28 @@ def product_dw(
     x: jax.Array, dy: jax.Array, plan: Any, out_dtype: Any, config: Any, E: int, K: int, N: int
 ) -> jax.Array:
     """Each expert's rows of x, transposed, times its rows of dy; both may have more columns."""
+    rows_each = EPILOGUE_M * config.warpgroups
+    if config.block_m % rows_each or config.block_n > 256:
+        raise ValueError(
+            f"config: expected a multiple of {rows_each} rows and at most 256 columns for dw, "
+            f"got {config.block_m} and {config.block_n}"
+        )
     tiles = ((config.block_k, config.block_m), (config.block_k, config.block_n))
-    scratch = ring(config, tiles, x.dtype, out_dtype, config.block_n)
+    scratch, left = ring(config, tiles, x.dtype)
+    # Pieces to store, at most a whole tile: those wait for none of their own stores.
+    columns = EPILOGUE_BYTES * 8 // _lib.bits(out_dtype)
+    slots = left // (config.warpgroups * EPILOGUE_M * EPILOGUE_BYTES)
+    slots = max(1, min(slots, config.block_n // columns))
+    pieces = (config.warpgroups, slots, EPILOGUE_M, columns)
+    transforms = (plgpu.SwizzleTransform(EPILOGUE_BYTES),)
+    scratch.append(plgpu.SMEM(pieces, out_dtype, transforms=transforms))
+    scratch.append(plgpu.Barrier(num_arrivals=config.warpgroups))
     return launch(
         functools.partial(_moe_gemm_dw_kernel, N=N, K=K, config=config),
         "moe_gemm_dw_kernel",
         config,
         jax.ShapeDtypeStruct((E, K, pitch(N, out_dtype)), out_dtype),
-        [*scratch, plgpu.Barrier(num_arrivals=config.warpgroups)],
+        scratch,
         _lib.pad(x, 8, 64),
         _lib.pad(dy, 8, 64),
         plan,

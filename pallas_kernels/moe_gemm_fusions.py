@@ -49,8 +49,17 @@ def pair_smem(warpgroups: int) -> Any:
     return plgpu.SMEM((warpgroups, 64, PAIR_PITCH, 2), jnp.float32)
 
 
+def put_transposed(smem: Any, values: jax.Array) -> None:
+    """smem [rows, columns] = values [columns, rows] as wgmma leaves them."""
+    smem.T[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def put(smem: Any, values: jax.Array) -> None:
+    smem[...] = values
+
+
 def activated(h: jax.Array, pairs: Any) -> jax.Array:
-    """silu(gate) * up: [64, 32] of h [64, 64], whose columns interleave gate and up.
+    """silu(gate) * up: [64, 32] of 64 columns x 64 rows of h, whose columns interleave gate and up.
 
     A register holds both columns of a pair, and none of a lane's others: through shared memory each
     half comes back by itself.
@@ -60,7 +69,7 @@ def activated(h: jax.Array, pairs: Any) -> jax.Array:
         at = pairs.at[:, pl.ds(0, PIECE // 2), i]
         return plgpu.load(at, layout=PAIR_LAYOUT, optimized=False)
 
-    pairs.reshape(h.shape[0], 2 * PAIR_PITCH).at[:, pl.ds(0, PIECE)][...] = h
+    put_transposed(pairs.reshape(64, 2 * PAIR_PITCH).at[:, pl.ds(0, PIECE)], h)
     gate = half(0)
     y = gate / (1 + jnp.exp(-gate))
     plgpu.commit_smem()  # a barrier: the compiler would hold both halves, and run out of registers
@@ -68,21 +77,23 @@ def activated(h: jax.Array, pairs: Any) -> jax.Array:
 
 
 def with_bias(h: jax.Array, bias_gmem: Any, e: Any, n: Any) -> jax.Array:
-    """h plus e's bias from column n on."""
+    """h [columns, rows] plus e's bias from column n on."""
     bias = plgpu.load(
-        bias_gmem.at[e, pl.ds(n, h.shape[1])],
-        layout=plgpu.Layout.WGMMA.reduce(0),
+        bias_gmem.at[e, pl.ds(n, h.shape[0])],
+        layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
     )
-    return h + lax.broadcast_in_dim(bias.astype(jnp.float32), h.shape, [1])
+    return h + lax.broadcast_in_dim(bias.astype(jnp.float32), h.shape, [0])
 
 
-def scaled(y: jax.Array, row_scale_gmem: Any, row: Any, layout: Any) -> jax.Array:
-    """y, each row times its scale."""
+def scaled(y: jax.Array, row_scale_gmem: Any, row: Any, layout: Any, axis: int) -> jax.Array:
+    """y, whose rows lie along `axis`, each times its scale."""
     scale = plgpu.load(
-        row_scale_gmem.at[pl.ds(row, y.shape[0])], layout=layout.reduce(1), optimized=False
+        row_scale_gmem.at[pl.ds(row, y.shape[axis])],
+        layout=layout.reduce(1 - axis),
+        optimized=False,
     )
-    return y * plgpu.layout_cast(lax.broadcast_in_dim(scale, y.shape, [0]), layout)
+    return y * plgpu.layout_cast(lax.broadcast_in_dim(scale, y.shape, [axis]), layout)
 
 
 def _moe_gemm_gather_kernel(

@@ -86,7 +86,22 @@ ROWS, DY = jnp.zeros(16, jnp.int32), jnp.zeros((16, 8), jnp.bfloat16)
         (lambda: grouped_gemm(X, W, SIZES, row_scale=ROWS), TypeError, "row_scale: expected dtype"),
         (lambda: grouped_gemm(X, W, SIZES, config=1), TypeError, "config: expected .*Config"),
         (lambda: grouped_gemm_dw(X, DY[1:], SIZES), ValueError, r"dy: expected shape \[16, N\]"),
-        (lambda: Config(block_m=192), ValueError, "block_m: expected a multiple of 64 rows"),
+        (lambda: Config(block_m=100), ValueError, "block_m: expected a multiple of 8, got 100"),
+        (
+            lambda: grouped_gemm(X, W, SIZES, config=Config(block_n=192)),
+            ValueError,
+            "config: expected at most 256 rows and a multiple of 128 columns for y, got 128 and",
+        ),
+        (
+            lambda: grouped_gemm(X, W, SIZES, activation="swiglu", config=Config(block_m=72)),
+            ValueError,
+            "config: expected a multiple of 64 rows under swiglu, got 72",
+        ),
+        (
+            lambda: grouped_gemm_dw(X, DY, SIZES, config=Config(block_m=72)),
+            ValueError,
+            "config: expected a multiple of 128 rows and at most 256 columns for dw, got 72 and",
+        ),
         (lambda: Config(cluster=3), ValueError, "cluster: expected 1 or 2"),
         (lambda: grouped_gemm_check(_sizes(4, -3, 2), M=9), ValueError, "got -3 for expert 1"),
         (lambda: grouped_gemm_check(SIZES, M=10), ValueError, "sum to 13, 3 more than the M = 10"),
@@ -282,12 +297,14 @@ def test_under_vmap():
 
 
 def test_default_config_follows_the_sizes():
-    assert default_config(16384, 14336, 4096, 8, jnp.bfloat16) == Config()
-    # four tiles of 192 columns, where three of 256 leave more of the last wave empty
-    assert default_config(65536, 768, 2048, 128, jnp.bfloat16).block_n == 192
+    # many rows an expert: tall tiles; 256 on average: two tiles of 144 rows; 512: four of 136
+    assert default_config(16384, 14336, 4096, 8, jnp.bfloat16) == Config(192, stages=3)
+    assert default_config(65536, 2048, 7168, 256, jnp.bfloat16) == Config(144)
+    assert default_config(65536, 768, 2048, 128, jnp.bfloat16) == Config(136)
     # tiles of dw in pairs, if they pair
     assert default_config(65536, 768, 2048, 128, jnp.bfloat16, dw=True).cluster == 2
     assert default_config(65536, 2880, 2880, 128, jnp.bfloat16, dw=True).cluster == 1
-    # few rows an expert: tiles as wide as there are multiprocessors to share them
-    assert default_config(16, 14336, 4096, 8, jnp.bfloat16).block_n == 256
+    # few rows an expert: tiles of as many, as wide as there are multiprocessors to share them
+    few = default_config(16, 14336, 4096, 8, jnp.bfloat16)
+    assert (few.block_m, few.block_n) == (16, 256)
     assert default_config(2, 14336, 4096, 8, jnp.bfloat16).block_n == 128
