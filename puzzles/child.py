@@ -7,6 +7,7 @@ right answer is ever in this process.
 
 import contextlib
 import json
+import linecache
 import os
 import re
 import resource
@@ -26,6 +27,8 @@ _MISALIGNED = (
     "an address is not a multiple of what its access needs: a copy's place in shared memory must "
     "begin at a multiple of 128 bytes"
 )
+# The last line of a traceback in what jax hands on of it as text
+_RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 # What Mosaic GPU's interpreter says of an access beyond its array
 _BEYOND = re.compile(r"Out-of-bounds.*?\[Access\(range=\((.*?)\), perm.*?shape (\([\d, ]*\))")
 _SLICE = re.compile(r"slice\((\d+), (\d+), \d+\)")
@@ -266,33 +269,41 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
         e = e.__cause__  # Triton's interpreter wraps what a kernel raises
     said = str(e).strip().splitlines() or [""]
     detail = f"{type(e).__name__}: {said[0][:300]}"
-    if "Traceback (most recent call last)" in said[0]:  # of a callback: its own words come last
-        detail = said[-1][:300]
+    if inner := [line for line in said[1:] if _RAISED.match(line)]:
+        detail = inner[-1][:300]
     words = f"{type(e).__name__} {e}".lower()
     if isinstance(e, LimitError):
         verdict, detail = e.verdict, str(e)
     elif isinstance(e, MemoryError) or any(sign in words for sign in _MEMORY):
         verdict = "memory"
+    elif type(e).__name__ == "StrayError":
+        verdict, detail = "past_the_end", str(e)
     elif getattr(e, "parity_reason", "") == "race":
         verdict = "race"
-    elif beyond := _BEYOND.search(said[-1]):
+    elif beyond := _BEYOND.search(detail if inner else str(e)):
         place = f"[{_SLICE.sub(r'\1:\2', beyond[1]).rstrip(',')}] of an array of shape {beyond[2]}"
-        verdict, detail = "past_the_end", f"{place} is written to"
-        if "out-of-bounds read" in words:
-            verdict, detail = "raised", f"{place} is read"
+        does = "read" if "out-of-bounds read" in words else "written to"
+        verdict, detail = "past_the_end", f"{place} is {does}"
     elif isinstance(e, (SystemExit, KeyboardInterrupt)):
         verdict = "raised"
     else:
         verdict = "import_error" if job["do"] == "load" else "raised"
         if "misaligned" in words:
             detail = f"{_MISALIGNED} ({detail[:120]})"
-    own = (
-        [f for f in traceback.extract_tb(c.__traceback__) if f.filename == job.get("file", "")]
-        for c in _causes(e)
-    )
-    lines = next(filter(None, own), [])  # of the first cause that passed through the file
-    where = {"line": lines[-1].lineno, "code": lines[-1].line} if lines else {}
-    return {"ok": False, "verdict": verdict, "detail": detail, **where}
+    return {"ok": False, "verdict": verdict, "detail": detail, **_where(e, job.get("file", ""))}
+
+
+def _where(e: BaseException, file: str) -> dict[str, Any]:
+    """The line of the learner's file: the kernel's, or the last one an exception passed through."""
+    for name, line in getattr(e, "places", ()):  # the interpreter knows them
+        if name == file:
+            linecache.checkcache(file)  # it held another solution before
+            return {"line": line, "code": linecache.getline(file, line).strip()}
+    for cause in _causes(e):  # the first one that passed through the file
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == file]
+        if frames:
+            return {"line": frames[-1].lineno, "code": frames[-1].line}
+    return {}
 
 
 def _causes(e: BaseException | None) -> Any:

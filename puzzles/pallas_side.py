@@ -7,6 +7,8 @@ make a kernel are replaced before the learner's file is imported.
 
 import contextlib
 import functools
+import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +32,8 @@ def call(
 ) -> tuple[tuple[np.ndarray, ...], Seen]:
     """The outputs of one call, and what was seen of it."""
     args = [twin.native(x) for x in arrays.values()]
-    outputs = _outputs(twin.run(solve, args, options))
+    with _first_failure():
+        outputs = _outputs(twin.run(solve, args, options))
     foreign = twin.witness(solve, args, options, glue)
     return outputs, Seen(
         launches=twin.launched(solve, args, options),
@@ -51,6 +54,50 @@ def ghost(
     finally:
         _ghostly[0] = False
         jax.clear_caches()
+
+
+class _Failures(logging.Handler):
+    """What the interpreter's callbacks raised; of jax's log, which prints the frames of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.seen.append(record.exc_info[1])
+
+
+@contextlib.contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raises what a callback of the interpreter raised, and not jax's report of it.
+
+    Its `places` are the lines that made the operation that failed, the innermost first.
+    """
+    log, failures = logging.getLogger("jax._src.callback"), _Failures()
+    propagated, log.propagate = log.propagate, False
+    log.addHandler(failures)
+    try:
+        yield
+    except Exception as reported:
+        if not failures.seen:
+            raise
+        for e in failures.seen:
+            vars(e)["places"] = _places(e)
+        # Other threads only say that one failed.
+        raise max(failures.seen, key=lambda e: bool(vars(e)["places"])) from reported
+    finally:
+        log.removeHandler(failures)
+        log.propagate = propagated
+
+
+def _places(error: BaseException) -> list[tuple[str, int]]:
+    """(file, line) of the calls that traced the equation whose callback raised."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        info = frame.f_locals.get("source_info")
+        if info is not None and info.traceback is not None:
+            return [(f.file_name, f.line_num) for f in info.traceback.frames]
+    return []
 
 
 def _outputs(out: Any) -> tuple[np.ndarray, ...]:

@@ -1,7 +1,8 @@
 """The learner's Triton code, called and watched: guard bands, poison, launches, traffic.
 
-Every tensor that is made while it runs lies between two guard bands, and starts as poison: a bit
-pattern that no kernel stores by chance. Sizes and names of what is made are no secret, values are.
+A load or store outside what a kernel was given is stopped before it happens. Every tensor that is
+made while it runs lies between two guard bands, and starts as poison: a bit pattern that no kernel
+stores by chance. Sizes and names of what is made are no secret, values are.
 """
 
 import contextlib
@@ -20,6 +21,10 @@ GUARD = 1 << 14  # elements on either side: as far as a stray block reaches
 _MAKES = ("empty", "zeros", "ones", "full", "new_", "rand")
 _EMPTY = ("empty", "new_empty")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class StrayError(IndexError):
+    """A kernel loads or stores where none of its tensors is."""
 
 
 class _Band:
@@ -79,7 +84,7 @@ def call(
     before = [twin.fingerprint(twin.harness(x)) for x in args]
     with (
         triton_interpreter.launches() as launched,
-        triton_interpreter.traffic() as traffic,
+        triton_interpreter.traffic(lambda touch: _must_lie_inside(touch, launched)) as traffic,
         GuardBands() as made,
     ):
         out = twin.outputs_of(solve(*args, **options))
@@ -101,6 +106,38 @@ def call(
         beside=beside,
         foreign=twin.foreign(made.operations, glue),
     )
+
+
+def _must_lie_inside(touch: triton_interpreter.Touch, launched: Sequence[Any]) -> None:
+    """Raises StrayError where a lane that takes part is in no tensor of the kernel's arguments."""
+    lanes = np.broadcast_to(touch.addresses, touch.mask.shape)[touch.mask].astype(np.int64)
+    outside = np.ones(lanes.shape, bool)
+    extents = list(_extents(launched[-1].arguments))
+    for _, start, end, _ in extents:
+        outside &= (lanes < start) | (lanes >= end)
+    if not outside.any():
+        return
+    first = int(lanes[outside][0])
+    does = "store to" if touch.stored else "load from"
+    program = ", ".join(map(str, touch.program))
+    says = f"{int(outside.sum())} lanes of program ({program}) {does} addresses outside"
+    if not extents:
+        raise StrayError(f"{says}: the kernel was given no tensor")
+    name, start, end, x = min(extents, key=lambda e: max(e[1] - first, first - e[2]))
+    at = (first - start) // x.element_size()
+    raise StrayError(
+        f"{says} what the kernel was given: the first is element {at} of {name}, which has "
+        f"{(end - start) // x.element_size()} elements"
+    )
+
+
+def _extents(arguments: Mapping[str, Any]) -> Iterator[tuple[str, int, int, torch.Tensor]]:
+    """Of each tensor its name, its first address, and the first one after it."""
+    for name, x in arguments.items():
+        x = getattr(x, "base", x) if hasattr(x, "block_shape") else x  # a tensor descriptor
+        if isinstance(x, torch.Tensor) and x.numel():
+            reach = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            yield name, x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size(), x
 
 
 def ghost(

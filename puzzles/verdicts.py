@@ -42,8 +42,9 @@ VERDICTS: Mapping[str, Meaning] = {
     ),
     # behaviour
     "past_the_end": Meaning(
-        "memory beside a tensor was written to",
-        "A store reaches beyond its tensor: on a GPU that destroys somebody else's data. Mask it.",
+        "it reaches beyond the end of a tensor",
+        "On a GPU that reads or destroys somebody else's data, or faults. Is the mask missing or "
+        "wrong, or the address?",
     ),
     "input_changed": Meaning(
         "an input was written to", "Allocate outputs; inputs belong to the caller."

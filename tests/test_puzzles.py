@@ -150,7 +150,7 @@ def triton(body: str, before: str = "") -> str:
 NATIVE = """
 @triton.jit
 def _far(x_ptr, N, block: tl.constexpr):
-    tl.store(x_ptr + 1000000000000 + tl.arange(0, block), 1.0)
+    tl.atomic_add(x_ptr + 1000000000000 + tl.arange(0, block), 1.0)
 """
 HUGE = "big = torch.full((8 << 30,), 1.0, dtype=torch.float32)"
 
@@ -185,11 +185,13 @@ def test_bad_input_has_its_verdict(verdict: str, children: dict[str, Child]):
     [
         ("q_gmem[pl.ds(i *", "q_gmem[pl.ds((i + 1) *", "past_the_end",
          "[1024:2048] of an array of shape (1024,) is written to"),
-        ("x = x_gmem[pl.ds(i *", "x = x_gmem[pl.ds((i + 1) *", "raised",
+        ("x = x_gmem[pl.ds(i *", "x = x_gmem[pl.ds((i + 1) *", "past_the_end",
          "[1024:2048] of an array of shape (1024,) is read"),
+        ("scale_gmem[...] = jnp.full(scale_gmem.shape,",
+         "scale_gmem[jnp.arange(4) * 0] = jnp.full(4,", "raised", "TypeError: Only scalar"),
     ],
 )  # fmt: skip
-def test_pallas_beyond_the_end_of_an_array(
+def test_a_crash_inside_pallas_interpreter_has_its_line_and_its_words(
     old: str, new: str, verdict: str, says: str, children: dict[str, Child]
 ):
     text = Q01.solution("pallas")
@@ -197,7 +199,21 @@ def test_pallas_beyond_the_end_of_an_array(
     child = children["pallas"]
     source = text.replace(old, new)
     found = grade(Q01, "pallas", source, seed=SEED, explain=False, hasty=True, child=child)
-    assert (found.verdict, found.detail) == (verdict, f"{says} (case eight)")
+    assert found.verdict == verdict and found.detail.startswith(says)
+    assert new in found.outcomes[0].code and not found.output
+
+
+def test_a_load_beyond_the_end_of_a_tensor_is_seen(children: dict[str, Child]):
+    """What lies there does no harm to the answer: nothing but the access itself shows it."""
+    puzzle = load(HOME / "q09")
+    text = puzzle.solution("triton")
+    source = text.replace("absmax_ptr + b, mask=b < B, other=0", "absmax_ptr + b")
+    child = children["triton"]
+    found = grade(puzzle, "triton", source, seed=SEED, explain=False, hasty=True, child=child)
+    assert found.verdict == "past_the_end"
+    assert "62 lanes of program (0, 0, 0) load from" in found.detail
+    assert "the first is element 2 of absmax_ptr, which has 2 elements" in found.detail
+    assert found.outcomes[0].code == "q = tl.load(absmax_ptr + b).to(tl.int32)"
 
 
 # Cheats: solutions that are right, or look so, and are not what was asked for
