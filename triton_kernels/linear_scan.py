@@ -49,6 +49,7 @@ from .linear_scan_walk import (
     state_row,
     step_of,
     tiling,
+    trips,
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -185,10 +186,11 @@ def _linear_scan_fwd_kernel(
     k0 = first
     a_tile = load_rows(a_ptr, stride_a, k0, end, c, W, T, parts, rows, False)
     b_tile = load_rows(b_ptr, stride_b, k0, end, c, W, T, parts, rows, False)
-    while (k0 < end) & (s < B):
+    walk = trips(cu_ptr, s, first, end, T, B, block_t, False)
+    for _ in tl.range(walk, disable_licm=True):
         k1 = tl.minimum(k0 + block_t, end)
         low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = stop <= k1
+        done = (stop <= k1) & (k0 < end) & (s < B)
         stays = (
             done & (s + 1 < B) & ((stop < k1) | (k1 == T))
         )  # the next one has a part in the tile
@@ -254,10 +256,11 @@ def _linear_scan_bwd_kernel(
     a_tile = load_rows(a_ptr, stride_a, k0, end, c, W, T, parts, rows, True)
     dh_tile = load_rows(dh_ptr, stride_dh, k0, end, c, W, T, parts, rows, True)
     h_tile = load_rows(h_ptr, stride_h, k0, end, c, W, T, parts, rows, True, -1)
-    while (k0 < end) & (s < B):
+    walk = trips(cu_ptr, s, first, end, T, B, block_t, True)
+    for _ in tl.range(walk, disable_licm=True):
         k1 = tl.minimum(k0 + block_t, end)
         low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = stop <= k1
+        done = (stop <= k1) & (k0 < end) & (s < B)
         stays = done & (s + 1 < B) & ((stop < k1) | (k1 == T))
         k_next = tl.where(stays, k0, k1)
         a_next = load_rows(a_ptr, stride_a, k_next, end, c, W, T, parts, rows, True)

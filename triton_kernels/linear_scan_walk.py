@@ -52,9 +52,9 @@ def check_sequences(cu_seqlens: Tensor, W: int, **states: Tensor | None) -> None
 
 
 @triton.jit
-def compose(a1, b1, a2, b2):
-    """The map h -> a h + b that is map 1, then map 2."""
-    return a1 * a2, a2 * b1 + b2
+def compose(a1, b1, c1, d1, a2, b2, c2, d2):
+    """Maps 1, then maps 2: h -> a h + b of all, and h -> c h + d of all but the last of them."""
+    return a1 * a2, a2 * b1 + b2, a1 * c2, c2 * b1 + d2
 
 
 @triton.jit
@@ -74,6 +74,16 @@ def first_sequence(cu_ptr, k0, T, B, reverse: tl.constexpr):
         else:
             high = mid
     return tl.where(bound(cu_ptr, low, T, B, reverse) > k0, tl.maximum(low - 1, 0), low)
+
+
+@triton.jit
+def trips(cu_ptr, s, first, end, T, B, block_t: tl.constexpr, reverse: tl.constexpr):
+    """How often a walk from step `first`, in sequence s, to `end` takes a tile, at most: once, and
+    once more for each further sequence that has a part in it."""
+    last = B
+    if end < T:
+        last = first_sequence(cu_ptr, end, T, B, reverse)
+    return tl.cdiv(end - first, block_t) + last - s
 
 
 @triton.jit
@@ -142,7 +152,8 @@ def across(a, b, h):
     """From the maps of the parts [parts, block_c]: the state before each, and after the last."""
     part = tl.arange(0, a.shape[0])[:, None]
     b = tl.where(part == 0, a * h[None, :] + b, b)
-    _, b = tl.associative_scan((a, b), 0, compose)
-    before = tl.gather(b, tl.broadcast_to(tl.maximum(part - 1, 0), b.shape), 0)
+    # (a scan that excludes would take a gather, for which Triton moves every row to other lanes)
+    one, zero = tl.full(a.shape, 1.0, tl.float32), tl.zeros(a.shape, tl.float32)
+    _, b, _, before = tl.associative_scan((a, b, one, zero), 0, compose)
     last = tl.sum(tl.where(part == a.shape[0] - 1, b, 0.0), 0)
     return tl.where(part == 0, h[None, :], before), last

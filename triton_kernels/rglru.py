@@ -47,6 +47,7 @@ from .linear_scan_walk import (
     state_row,
     step_of,
     tiling,
+    trips,
 )
 
 DTYPES = _scan.DTYPES
@@ -197,10 +198,11 @@ def _rglru_fwd_kernel(
     x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, False)
     r_tile = load_rows(r_ptr, stride_r, k0, end, c, W, T, parts, rows, False)
     i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, False)
-    while (k0 < end) & (s < B):
+    walk = trips(cu_ptr, s, first, end, T, B, block_t, False)
+    for _ in tl.range(walk, disable_licm=True):
         k1 = tl.minimum(k0 + block_t, end)
         low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = stop <= k1
+        done = (stop <= k1) & (k0 < end) & (s < B)
         stays = (
             done & (s + 1 < B) & ((stop < k1) | (k1 == T))
         )  # the next one has a part in the tile
@@ -275,10 +277,11 @@ def _rglru_bwd_kernel(
     k0 = first
     r_tile = load_rows(r_ptr, stride_r, k0, end, c, W, T, parts, rows, True)
     dh_tile = load_rows(dh_ptr, stride_dh, k0, end, c, W, T, parts, rows, True)
-    while (k0 < end) & (s < B):
+    walk = trips(cu_ptr, s, first, end, T, B, block_t, True)
+    for _ in tl.range(walk, disable_licm=True):
         k1 = tl.minimum(k0 + block_t, end)
         low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = stop <= k1
+        done = (stop <= k1) & (k0 < end) & (s < B)
         stays = done & (s + 1 < B) & ((stop < k1) | (k1 == T))
         k_next = tl.where(stays, k0, k1)
         # what the second walk reads is on its way during the first
