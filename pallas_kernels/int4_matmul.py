@@ -205,6 +205,7 @@ def _int4_matmul_kernel(
     K: int,
     group: int,
     split_k: int,
+    atomic: bool,
     config: Config,
     zeros: bool,
     biased: bool,
@@ -215,12 +216,14 @@ def _int4_matmul_kernel(
     scale_gmem = next(given)  # [K / G, N]
     zero_gmem = next(given) if zeros else None  # [K / G, N] uint8
     bias_gmem = next(given) if biased else None  # [N]
-    out_gmem = next(given)  # y [M, N], or the slices' sums [split_k, N, M] float32
+    # y [M, N], or the slices' sums [split_k, N, M] float32, or one sum that all add to
+    out_gmem = next(given)
     x_smem = next(given)  # [stages, 4, block_m, 64]
     w_smem = next(given)  # [stages, block_n, 64]
     scale_smem = next(given)  # [stages, groups, block_n]
     zero_smem = next(given) if zeros else None  # [stages, groups, block_n]
-    y_smem = next(given) if split_k == 1 else None  # [warpgroups, tokens of a store, 64]
+    # [warpgroups, tokens of a store, 64], or transposed for what is added
+    y_smem = next(given) if split_k == 1 or atomic else None
     full = next(given)  # [stages] barriers: TMA has filled the slot
     free = next(given)  # [stages] barriers: every reader is done with the slot
     block_m, block_n, stages = config.block_m, config.block_n, config.stages
@@ -310,6 +313,9 @@ def _int4_matmul_kernel(
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, block_m), jnp.float32)] * pieces)
             for piece, acc in enumerate(accs):
                 row = n + (wg * pieces + piece) * ROWS
+                if atomic:
+                    _add(acc, y_smem.at[wg], out_gmem.at[0], row, m)
+                    continue
                 if split_k > 1:
                     out_gmem[part, pl.ds(row, ROWS), pl.ds(m, block_m)] = acc
                     continue
@@ -321,7 +327,7 @@ def _int4_matmul_kernel(
                 _store_transposed(y, y_smem.at[wg], out_gmem, m, row)
             return carry + stop - start
 
-        if split_k == 1:
+        if y_smem is not None:
             plgpu.wait_smem_to_gmem(0)
 
 
@@ -331,6 +337,17 @@ def _with_bias(acc: jax.Array, bias_gmem: Any, n: Any) -> jax.Array:
         return acc
     bias = plgpu.load(bias_gmem.at[pl.ds(n, ROWS)], layout=ROW, optimized=False)
     return acc + lax.broadcast_in_dim(bias.astype(jnp.float32), acc.shape, [0])
+
+
+def _add(acc: jax.Array, sums_smem: Any, sums_gmem: Any, n: Any, m: Any) -> None:
+    """Adds acc [64 rows of W, tokens] to sums_gmem[n.., m..], through sums_smem [64, tokens]."""
+    tokens = sums_smem.shape[1]
+    for j in range(0, acc.shape[1], tokens):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        sums_smem[...] = acc[:, j : j + tokens]
+        plgpu.commit_smem()
+        at = pl.ds(n, ROWS), pl.ds(m + j, tokens)
+        plgpu.copy_smem_to_gmem(sums_smem, sums_gmem.at[at], reduction_op="add")
 
 
 def _store_transposed(y: jax.Array, y_smem: Any, y_gmem: Any, m: Any, n: Any) -> None:
@@ -495,6 +512,7 @@ def _product(
     bias: jax.Array | None,
     group: int,
     split_k: int | str,
+    atomic: bool,
     config: Config | None,
 ) -> jax.Array:
     """x @ W^T + bias; the weights are prepacked."""
@@ -509,10 +527,14 @@ def _product(
     y_type = jax.ShapeDtypeStruct((M, _lib.cdiv(N, 8) * 8), x.dtype)
     store = min(EPILOGUE_M, block_m)
     transposing = functools.partial(plgpu.SMEM, transforms=(plgpu.SwizzleTransform(128),))
+    atomic = atomic and slices > 1
+    sums_type = jax.ShapeDtypeStruct((1 if atomic else slices, rows, tokens), jnp.float32)
     zeros, biased = w_zero is not None, bias is not None and slices == 1
     scratch = _rings(config, x.dtype, group, zeros)
     if slices == 1:
         scratch.append(transposing((config.warpgroups, store, ROWS), x.dtype))
+    elif atomic:
+        scratch.append(plgpu.SMEM((config.warpgroups, ROWS, min(16, block_m)), jnp.float32))
     scratch += [
         plgpu.Barrier(num_arrivals=7 if zeros else 6, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
@@ -524,13 +546,12 @@ def _product(
             K=K,
             group=group,
             split_k=slices,
+            atomic=atomic,
             config=config,
             zeros=zeros,
             biased=biased,
         ),
-        out_type=jax.ShapeDtypeStruct((slices, rows, tokens), jnp.float32)
-        if slices > 1
-        else y_type,
+        out_type=() if atomic else sums_type if slices > 1 else y_type,
         scratch_types=scratch,
         grid=(_lib.num_sms(),),
         grid_names=("sm",),
@@ -541,10 +562,18 @@ def _product(
     bias = None if bias is None else _lib.pad(bias, block_n)
     given = [x, w_packed, _lib.pad(w_scale, 16)]
     given += [_lib.pad(w_zero, 16)] if w_zero is not None else []
-    y = out(*given, *([bias] if biased else []))
+    given += [bias] if biased else []
+    if atomic:
+        sums = jax.new_ref(jnp.zeros(sums_type.shape, sums_type.dtype))
+        out(*given, sums)
+        y = sums[...]
+    else:
+        y = out(*given)
     if slices > 1:
         y = plgpu.kernel(
-            functools.partial(_int4_reduce_kernel, split_k=slices, biased=bias is not None),
+            functools.partial(
+                _int4_reduce_kernel, split_k=sums_type.shape[0], biased=bias is not None
+            ),
             out_type=y_type,
             scratch_types=[transposing((store, ROWS), x.dtype)],
             grid=(tokens // store, rows // ROWS),
@@ -598,7 +627,7 @@ def int4_matmul_fwd(
     int4_prepack returns them."""
     _check(x, w_packed, w_scale, w_zero, group, split_k, bias, config)
     res = _prepacked(w_packed, w_scale, w_zero, group)
-    return _product(x, *res, bias, group, split_k, config), res
+    return _product(x, *res, bias, group, split_k, False, config), res
 
 
 def int4_matmul_bwd(
@@ -617,26 +646,26 @@ def int4_matmul_bwd(
     return (matmul_fwd(dy.astype(w.dtype), w)[0],)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _int4_matmul(
     x: jax.Array, w_packed: Any, w_scale: Any, w_zero: Any, bias: Any,
-    group: int, split_k: int | str, config: Config | None,
+    group: int, split_k: int | str, atomic: bool, config: Config | None,
 ) -> jax.Array:  # fmt: skip
-    return _product(x, w_packed, w_scale, w_zero, bias, group, split_k, config)
+    return _product(x, w_packed, w_scale, w_zero, bias, group, split_k, atomic, config)
 
 
 def _int4_matmul_fwd(
     x: jax.Array, w_packed: Any, w_scale: Any, w_zero: Any, bias: Any,
-    group: int, split_k: int | str, config: Config | None,
+    group: int, split_k: int | str, atomic: bool, config: Config | None,
 ) -> Any:  # fmt: skip
-    y = _product(x, w_packed, w_scale, w_zero, bias, group, split_k, config)
+    y = _product(x, w_packed, w_scale, w_zero, bias, group, split_k, atomic, config)
     return y, (w_packed, w_scale, w_zero, bias)
 
 
 def _int4_matmul_bwd(
-    group: int, split_k: int | str, config: Config | None, res: Any, dy: jax.Array
+    group: int, split_k: int | str, atomic: bool, config: Config | None, res: Any, dy: jax.Array
 ) -> Any:
-    del split_k, config
+    del split_k, atomic, config
     *weights, bias = res
     (dx,) = int4_matmul_bwd(tuple(weights), dy, group=group)
     # The weights and the bias are frozen: to JAX they have a gradient, and it is 0.
@@ -677,6 +706,32 @@ def int4_matmul(
     Raises ValueError for shapes, groups and slices that do not fit and TypeError for a wrong dtype
     or config, naming the argument.
     """
+    return _public(x, w_packed, w_scale, w_zero, bias, group, split_k, False, config)
+
+
+def int4_matmul_atomic(
+    x: jax.Array,
+    w_packed: jax.Array,
+    w_scale: jax.Array,
+    w_zero: jax.Array | None = None,
+    *,
+    group: int = 128,
+    split_k: int | str = "auto",
+    bias: jax.Array | None = None,
+    config: Config | None = None,
+) -> jax.Array:
+    """int4_matmul whose slices of K are added as they come: its last bits differ from run to run.
+
+    Arguments, gradient and errors are int4_matmul's. One sum is zeroed, added to and read, where
+    int4_matmul writes and reads split_k of them.
+    """
+    return _public(x, w_packed, w_scale, w_zero, bias, group, split_k, True, config)
+
+
+def _public(
+    x: Any, w_packed: Any, w_scale: Any, w_zero: Any, bias: Any,
+    group: int, split_k: int | str, atomic: bool, config: Config | None,
+) -> jax.Array:  # fmt: skip
     _check(x, w_packed, w_scale, w_zero, group, split_k, bias, config)
     weights = _prepacked(w_packed, w_scale, w_zero, group)
     given = [array for array in (x, *weights, bias) if array is not None]
@@ -684,7 +739,7 @@ def int4_matmul(
     x, w_packed, w_scale, w_zero, bias = (
         None if array is None else next(alike) for array in (x, *weights, bias)
     )
-    return _int4_matmul(x, w_packed, w_scale, w_zero, bias, group, split_k, config)
+    return _int4_matmul(x, w_packed, w_scale, w_zero, bias, group, split_k, atomic, config)
 
 
 def _check(

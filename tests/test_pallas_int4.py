@@ -18,6 +18,7 @@ from pallas_kernels.int4_matmul import (
     default_config,
     default_split,
     int4_matmul,
+    int4_matmul_atomic,
     int4_matmul_bwd,
     int4_matmul_fwd,
     int4_prepack,
@@ -201,6 +202,14 @@ def test_slices_change_only_the_rounding():
     w, arrays = _quantized(136, 1280, 256, symmetric=True)
     x, bias = _normal(0, 3, 1280), _normal(1, 136)
     run = jax.jit(lambda *a: int4_matmul(*a, group=256, split_k=3, bias=bias, config=SMALL))
+    _close(run(x, *arrays), _f64(x) @ w.T + _f64(bias))
+
+
+def test_added_as_they_come_the_slices_have_the_same_sum():
+    w, arrays = _quantized(40, 768, 256)
+    x, bias = _normal(0, 3, 768), _normal(1, 40)
+    how = {"group": 256, "split_k": 3, "bias": bias, "config": SMALL}
+    run = jax.jit(lambda *a: int4_matmul_atomic(*a, **how))
     _close(run(x, *arrays), _f64(x) @ w.T + _f64(bias))
 
 

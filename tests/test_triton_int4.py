@@ -201,6 +201,17 @@ def test_tiles_and_slices_change_only_the_rounding():
         assert error(int4_matmul(x, words, scales, zeros, bias=bias, **how), want) < 5e-4
 
 
+def test_added_as_they_come_the_slices_have_the_same_sum():
+    w, arrays = quantized(40, 1280, 128)
+    arrays, bias = int4_prepack(*arrays), normal(40)
+    x = normal(5, 1280).requires_grad_()
+    for slices in (1, 4):
+        y = INT4.int4_matmul_atomic(x, *arrays, split_k=slices, bias=bias, config=SMALL)
+        assert error(y.detach(), x.detach().double() @ w.T + bias) < 5e-4
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert error(dx, torch.ones_like(y).double() @ w) < 1e-3
+
+
 def test_many_tokens_are_multiplied_by_weights_written_out(monkeypatch):
     monkeypatch.setattr(INT4, "DENSE_M", 16)
     w, arrays = quantized(40, 320, 64)

@@ -218,9 +218,9 @@ def _int4_matmul_kernel(
     scale_ptr,  # [K / G, N]
     zero_ptr,  # [K / G, N] or None
     bias_ptr,  # [N] or None
-    out_ptr,  # y [M, N], or the slices' sums [split_k, M, N]
+    out_ptr,  # y [M, N], or the slices' sums [split_k, M, N], or one sum that all add to
     M, N, K, stride_xm, stride_xk,
-    group: tl.constexpr, split_k: tl.constexpr,
+    group: tl.constexpr, split_k: tl.constexpr, atomic: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr, tma: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
@@ -254,9 +254,13 @@ def _int4_matmul_kernel(
 
     # --- 4. store
     r = m + tl.arange(0, block_m)
-    at = (part * M + r).to(tl.int64)[:, None] * N + rows[None, :]
     mask = (r[:, None] < M) & (rows[None, :] < N)
-    tl.store(out_ptr + at, tile.to(out_ptr.dtype.element_ty), mask=mask)
+    if atomic:
+        at = r.to(tl.int64)[:, None] * N + rows[None, :]
+        tl.atomic_add(out_ptr + at, tile, mask=mask, sem="relaxed")
+    else:
+        at = (part * M + r).to(tl.int64)[:, None] * N + rows[None, :]
+        tl.store(out_ptr + at, tile.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -389,7 +393,7 @@ def _prepacked(
     return w_packed.contiguous(), w_scale.contiguous(), zero
 
 
-def _fake_product(x, w_packed, w_scale, w_zero, bias, group, split_k, config):
+def _fake_product(x, w_packed, w_scale, w_zero, bias, group, split_k, atomic, config):
     return x.new_empty((x.shape[0], w_scale.shape[1]))
 
 
@@ -402,6 +406,7 @@ def _product(
     bias: Tensor | None,
     group: int,
     split_k: int,
+    atomic: bool,
     config: list[int] | None,
 ) -> Tensor:
     """x @ W^T + bias; the weights are prepacked, and split_k is 0 for "auto"."""
@@ -421,7 +426,12 @@ def _product(
         tiles = tiles if tma or config else POINTER_CONFIG
         split_k = split_k or default_split(M, N, K)
         block_m, block_n = tiles.block_m, tiles.block_n
-        parts = x.new_empty((split_k, M, N), dtype=torch.float32) if split_k > 1 else y
+        atomic = atomic and split_k > 1
+        parts = y
+        if atomic:
+            parts = x.new_zeros((1, M, N), dtype=torch.float32)
+        elif split_k > 1:
+            parts = x.new_empty((split_k, M, N), dtype=torch.float32)
 
         def operand(t: Tensor, *block: int) -> TensorDescriptor | Tensor:
             return TensorDescriptor.from_tensor(t, list(block)) if tma else t
@@ -430,12 +440,13 @@ def _product(
         _int4_matmul_kernel[grid](
             operand(x, block_m, PLANE), operand(w_packed, 1, block_n, 64),
             w_scale, w_zero, bias if split_k == 1 else None, parts,
-            M, N, K, *x.stride(), group, split_k, block_m, block_n, tiles.group_m, tma,
+            M, N, K, *x.stride(), group, split_k, atomic,
+            block_m, block_n, tiles.group_m, tma,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         if split_k > 1:
             grid = (_lib.cdiv(M * N, 1024),)
-            _int4_reduce_kernel[grid](parts, bias, y, M, N, split_k, 1024)
+            _int4_reduce_kernel[grid](parts, bias, y, M, N, len(parts), 1024)
     return y
 
 
@@ -473,10 +484,14 @@ def int4_matmul_fwd(
 
     No gradient flows through this.
     """
+    return _forward(x, w_packed, w_scale, w_zero, group, split_k, bias, config, False)
+
+
+def _forward(x, w_packed, w_scale, w_zero, group, split_k, bias, config, atomic):
     _check(x, w_packed, w_scale, w_zero, group, split_k, bias, config)
     res = _prepacked(w_packed, w_scale, w_zero, group)
     slices = 0 if isinstance(split_k, str) else split_k
-    return _product(x, *res, bias, group, slices, _lib.fields(config)), res
+    return _product(x, *res, bias, group, slices, atomic, _lib.fields(config)), res
 
 
 def int4_matmul_bwd(
@@ -500,10 +515,8 @@ def int4_matmul_bwd(
 
 class _Int4Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_packed, w_scale, w_zero, group, split_k, bias, config):
-        y, res = int4_matmul_fwd(
-            x, w_packed, w_scale, w_zero, group=group, split_k=split_k, bias=bias, config=config
-        )
+    def forward(ctx, x, w_packed, w_scale, w_zero, group, split_k, bias, config, atomic):
+        y, res = _forward(x, w_packed, w_scale, w_zero, group, split_k, bias, config, atomic)
         ctx.save_for_backward(*res)
         ctx.group = group
         return y
@@ -512,7 +525,7 @@ class _Int4Matmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (dx,) = int4_matmul_bwd(ctx.saved_tensors, dy, group=ctx.group)
-        return dx, *[None] * 7
+        return dx, *[None] * 8
 
 
 def int4_matmul(
@@ -543,7 +556,26 @@ def int4_matmul(
     fit, naming the argument; NotImplementedError on a GPU older than Ampere. A NaN or an infinity
     among the scales makes NaN of what it belongs to.
     """
-    return _Int4Matmul.apply(x, w_packed, w_scale, w_zero, group, split_k, bias, config)
+    return _Int4Matmul.apply(x, w_packed, w_scale, w_zero, group, split_k, bias, config, False)
+
+
+def int4_matmul_atomic(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None = None,
+    *,
+    group: int = 128,
+    split_k: int | str = "auto",
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """int4_matmul whose slices of K are added as they come: its last bits differ from run to run.
+
+    Arguments, gradient and errors are int4_matmul's. One sum is zeroed, added to and read, where
+    int4_matmul writes and reads split_k of them.
+    """
+    return _Int4Matmul.apply(x, w_packed, w_scale, w_zero, group, split_k, bias, config, True)
 
 
 def _check(x, w_packed, w_scale, w_zero, group, split_k, bias, config) -> None:
