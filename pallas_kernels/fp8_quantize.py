@@ -196,7 +196,7 @@ def _quantize(
     if 0 in (M, K):
         return jnp.zeros((M, K), jnp.float8_e4m3fn), jnp.zeros(shape, jnp.float32)
     config = config or default_config(M, K, x.dtype, which)
-    x = _lib.pad(x, BLOCK)
+    x = _lib.pad(lax.stop_gradient(x), BLOCK)
     columns, warpgroups = x.shape[1] // BLOCK, config.block_n // BLOCK
     num_m, num_n = _lib.cdiv(M, config.block_m), _lib.cdiv(columns, warpgroups)
     runs, _ = _lib.piece_tile(BLOCK, x.dtype)

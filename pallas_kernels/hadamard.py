@@ -299,5 +299,6 @@ def hadamard_quantize(
     _checked("x", x, signs, False, config)
     if fmt not in FORMATS:
         raise ValueError(f"fmt: expected int8 or e4m3, got {fmt!r}")
-    q, scale = _rotated(x.reshape(-1, x.shape[-1]), signs, False, fmt, config)
+    flat = lax.stop_gradient(x).reshape(-1, x.shape[-1])
+    q, scale = _rotated(flat, lax.stop_gradient(signs), False, fmt, config)
     return q.reshape(x.shape), scale.reshape(x.shape[:-1])

@@ -313,6 +313,7 @@ def int8_quantize(
     shared = (M,) if group is None else (M, K // group)
     if 0 in (M, K):
         return jnp.zeros((M, K), jnp.int8), jnp.ones(shared, jnp.float32)
+    x = lax.stop_gradient(x)
     # A group within a warp: at least 16 bytes, which one lane reads, at most 512.
     lane = 128 // _lib.bits(x.dtype)
     if group is not None and group & (group - 1) == 0 and lane <= group <= 32 * lane:

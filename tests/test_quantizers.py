@@ -286,3 +286,25 @@ def test_vmap_and_gradient_of_the_rotation():
     y, pull = jax.vjp(lambda v: rotate(v, signs), x)
     assert jnp.array_equal(jax.vmap(lambda one: rotate(one, signs))(x), y)
     assert jnp.array_equal(pull(y)[0], x)  # the way back, and nothing was rounded
+
+
+def test_no_gradient_flows_through_codes_and_none_is_missed():
+    """A straight-through estimator differentiates beside them, as with torch's detached ones."""
+    int8, fp8, had = (PALLAS[stem] for stem in STEMS)
+    x, signs = jnp.ones((2, 128), jnp.float16), jnp.ones(128, jnp.int8)
+
+    def scales(v):
+        found = (
+            int8.int8_quantize(v, axis=-1),
+            fp8.fp8_quantize_rows(v),
+            had.hadamard_quantize(v, signs, "int8"),
+        )
+        return sum(scale.sum() for _, scale in found)
+
+    assert not jax.grad(scales)(x).any()
+    assert not any(
+        y.requires_grad
+        for y in TRITON["int8_quantize"].int8_quantize(
+            torch.ones(2, 64, dtype=torch.float16, requires_grad=True), axis=-1
+        )
+    )
