@@ -29,6 +29,19 @@ _MISALIGNED = (
 )
 # The last line of a traceback in what jax hands on of it as text
 _RAISED = re.compile(r"[\w.]+(Error|Exception): ")
+# What some messages mean in a kernel
+_NO_VALUE = (
+    "Python's if, and, max and bool cannot ask a value in a kernel: jnp.where, jnp.maximum and "
+    "pl.when can"
+)
+_MEANS = {
+    "TracerBoolConversionError": _NO_VALUE,
+    "The truth value of an array": _NO_VALUE,
+    "Only scalar arrays can be converted": "an array cannot be an index here: Mosaic GPU has no "
+    "lookup",
+    "'Fake' object": "x_ref.at[0] is a part of a reference that can be transposed or handed on, "
+    "x_ref[0] is loaded",
+}
 # What Mosaic GPU's interpreter says of an access beyond its array
 _BEYOND = re.compile(r"Out-of-bounds.*?\[Access\(range=\((.*?)\), perm.*?shape (\([\d, ]*\))")
 _SLICE = re.compile(r"slice\((\d+), (\d+), \d+\)")
@@ -280,6 +293,7 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
         verdict, detail = "past_the_end", str(e)
     elif getattr(e, "parity_reason", "") == "race":
         verdict = "race"
+        detail = " ".join(line.strip() for line in said).removeprefix("RACE: ")[:300]
     elif beyond := _BEYOND.search(detail if inner else str(e)):
         place = f"[{_SLICE.sub(r'\1:\2', beyond[1]).rstrip(',')}] of an array of shape {beyond[2]}"
         does = "read" if "out-of-bounds read" in words else "written to"
@@ -290,6 +304,8 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
         verdict = "import_error" if job["do"] == "load" else "raised"
         if "misaligned" in words:
             detail = f"{_MISALIGNED} ({detail[:120]})"
+        detail = detail.rstrip(".: ")
+        detail += next((f" ({means})" for sign, means in _MEANS.items() if sign in detail), "")
     return {"ok": False, "verdict": verdict, "detail": detail, **_where(e, job.get("file", ""))}
 
 

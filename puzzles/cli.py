@@ -71,7 +71,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         return sub
 
     command("list", "the track: what is solved, what can be reached on this machine")
-    command("next", "the next puzzle: its statement, and a skeleton to fill", backend=True)
+    command(
+        "next", "the next puzzle, or this one: its statement, and a skeleton to fill",
+        puzzle="?", backend=True,
+    )  # fmt: skip
     sub = command("check", "grade your file", puzzle=None, backend=True)
     sub.add_argument("--seed", type=seed, help="of an earlier check, to see it again")
     sub.add_argument("--file", type=Path, help="grade this file instead of yours")

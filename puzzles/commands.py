@@ -124,7 +124,9 @@ def next_(args: Namespace) -> int:
     folder = folder_of(args.folder)
     done = _progress(args)
     open_ = [p for p in track() if "solved" not in (done.state(p, b) for b in p.backends)]
-    if args.backend:
+    if args.puzzle:
+        open_ = [puzzle_named(args.puzzle)]
+    elif args.backend:
         open_ = [
             p
             for p in track()
@@ -145,7 +147,7 @@ def next_(args: Namespace) -> int:
     console.print(f"check    [bold]puzzles check {puzzle.id}[/]")
     other = [b for b in puzzle.backends if b != backend]
     if other:
-        console.print(f"[dim]in the other language: puzzles next -b {other[0]}[/]")
+        console.print(f"[dim]in the other language: puzzles next {puzzle.id} -b {other[0]}[/]")
     return PASS
 
 
@@ -171,8 +173,8 @@ def check(args: Namespace) -> int:
     backend = backend_of(args.backend, puzzle, folder)
     file = args.file or file_of(folder, puzzle, backend)
     if not file.is_file():
-        wanted = "puzzles next" if not args.file else "look at the name"
-        raise Stop(USAGE, f"no file {short(file)} ({wanted})")
+        begin = f"`puzzles next {puzzle.id} -b {backend}` begins it"
+        raise Stop(USAGE, f"no file {short(file)}: {'look at the name' if args.file else begin}")
     found = graded(args, puzzle, backend, file)
     if args.json:
         print_json(found.to_json())
@@ -198,15 +200,18 @@ def graded(args: Namespace, puzzle: Puzzle, backend: str, file: Path) -> Result:
 def hint(args: Namespace) -> int:
     puzzle = puzzle_named(args.puzzle)
     done = _progress(args)
-    count = min(done.hints(puzzle.id) + 1, len(puzzle.hints))
+    had, all_ = done.hints(puzzle.id), len(puzzle.hints)
+    count = min(had + 1, all_)
     done.hint_taken(puzzle.id, count)
     done.write()
     if args.json:
-        print_json({"id": puzzle.id, "hints": puzzle.hints[:count], "of": len(puzzle.hints)})
+        print_json({"id": puzzle.id, "hints": puzzle.hints[:count], "of": all_})
         return PASS
     console = console_of()
     for number, text in enumerate(puzzle.hints[:count], 1):
-        console.print(f"hint {number} of {len(puzzle.hints)}: {text}", markup=False)
+        console.print(f"hint {number} of {all_}: {text}", markup=False)
+    if had == all_:
+        console.print("There are no more.")
     return PASS
 
 

@@ -15,6 +15,7 @@ says what is wrong with it.
 import contextlib
 import hashlib
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from parity.judge import Verdict, judge, judge_exact
 from parity.spec import Arithmetic, Workload
 from puzzles import policy
 from puzzles.process import Child
-from puzzles.puzzle import Puzzle
+from puzzles.puzzle import HOLE, Puzzle
 from puzzles.seen import unwritten
 from puzzles.speed import YOURS, Raced, Speed, locked, thresholds
 from puzzles.verdicts import OF_JUDGE, VERDICTS
@@ -36,6 +37,7 @@ from puzzles.verdicts import OF_JUDGE, VERDICTS
 ENOUGH = 0.6  # of the cases must be right before constraints earn points
 SHRINK_SECONDS = 6.0
 SHRINK_TRIES = 60
+STORY_SECONDS = 20.0  # after which no further mistake is tried
 OTHERS = 3  # cases in which a known mistake is looked for, beside the first that failed
 OTHERS_SECONDS = 3.0  # after which no further one is begun
 EXPLAINED = (
@@ -56,6 +58,7 @@ class Outcome:
     error: float = math.nan
     line: int | None = None  # of the learner's file
     code: str = ""
+    blank: bool = False  # zeros are right here: who computes nothing is right too
 
     @property
     def ok(self) -> bool:
@@ -98,7 +101,8 @@ class Result:
     possible: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     output: str = ""  # what the learner's code printed, the beginning
-    unchanged: bool = False  # it is still the skeleton
+    untouched: tuple[int, ...] = ()  # lines of the holes into which nothing was written
+    unchanged: bool = False  # that is all of them
     speed: Speed | None = None  # where the puzzle has points for it
 
     @property
@@ -197,12 +201,18 @@ class _Run:
         self.cases = puzzle.cases(np.random.default_rng(int(seed, 16)))
         self.outcomes: list[Outcome] = []
         self.seen: list[Mapping[str, Any]] = []
+        self.untouched = puzzle.untouched(backend, source)
+        self.unchanged = len(self.untouched) == puzzle.skeleton(backend).count(HOLE)
+        self.until = math.inf  # of the search for what is wrong
 
     def result(self, verdict: str, detail: str, **more: Any) -> Result:
         points = self.puzzle.points
-        share = sum(o.ok for o in self.outcomes) / len(self.cases)
+        right = [o for o in self.outcomes if o.ok]
+        share = len(right) / len(self.cases)
         kept: tuple[Constraint, ...] = more.get("constraints", ())
         earned = share if verdict not in ("no_launch", "no_effect", "foreign_work") else 0.0
+        if self.unchanged or all(o.blank for o in right):
+            earned = 0.0
         constrained = sum(c.ok for c in kept) / len(kept) if kept and earned >= ENOUGH else 0.0
         if verdict not in ("pass", "wrong_value", "not_written"):
             constrained = 0.0
@@ -221,7 +231,8 @@ class _Run:
                 "speed": 0.0,
             },
             possible=asdict(points),
-            unchanged=self.source == self.puzzle.skeleton(self.backend),
+            untouched=tuple(self.untouched),
+            unchanged=self.unchanged,
             **more,
         )
 
@@ -255,6 +266,7 @@ class _Run:
         for number, case in enumerate(self.cases):
             self.tell(f"case {number + 1} of {len(self.cases)}: {case.name}")
             self.outcomes.append(self.judged(case, number))
+            hasty = hasty or self.unchanged
             if self.outcomes[-1].verdict in FATAL or (hasty and not self.outcomes[-1].ok):
                 break
         bad = next((o for o in self.outcomes if not o.ok), None)
@@ -264,7 +276,7 @@ class _Run:
                 self.outcomes.append(bad)
         constraints = self.constraints()
         story = None
-        if bad is not None and explain and bad.verdict in EXPLAINED:
+        if bad is not None and explain and bad.verdict in EXPLAINED and not self.unchanged:
             self.tell("looking for the smallest case that fails")
             story = self.story(bad)
         output = child.output()
@@ -303,14 +315,16 @@ class _Run:
             word, detail = OF_JUDGE.get(bad.reason, "wrong_value"), bad.detail
             if word == "wrong_value" and (count := judgement.unwritten(outputs, arrays, seen)):
                 word = "not_written"
-                detail = f"{count} elements of {bad.output} were never written"
+                some = f"{count} elements" if count > 1 else "one element"
+                detail = f"never written: {some} of {bad.output}"
         elif seen["foreign"]:
             word, detail = "foreign_work", seen["foreign"][0]
         elif not seen["launches"] and math.prod(case.sizes.values()):
             word, detail = "no_launch", "solve launched no kernel"
         outcome = Outcome(
-            case.name, dict(case.sizes), word or "pass", detail, answer["seconds"], error
-        )
+            case.name, dict(case.sizes), word or "pass", detail, answer["seconds"], error,
+            blank=not any(r.any() for r in judgement.truth),
+        )  # fmt: skip
         return outcome, Answer(arrays, outputs, judgement)
 
     def _failed(self, name: str, sizes: Mapping[str, int], answer: Mapping[str, Any]) -> Outcome:
@@ -374,7 +388,7 @@ class _Run:
         number = next((i for i, c in enumerate(self.cases) if c.name == bad.case), None)
         if number is None:
             return None
-        case = self.cases[number]
+        case, self.until = self.cases[number], time.monotonic() + STORY_SECONDS
         kept: dict[tuple, tuple[Workload, Outcome, Answer | None]] = {}
 
         def fails(tried: shrink.Case) -> bool:
@@ -395,14 +409,19 @@ class _Run:
         self.seen = seen
         _, _, whole = kept[start.key]
         smallest, _, least = kept[found.case.key]
-        diagnosis = self.diagnosis(case, whole, named=True)
-        small = self.diagnosis(smallest, least, named=False)
+        diagnosis = self.diagnosis(case, whole)
+        small = self.diagnosis(smallest, least, among=())
         if "first_wrong" in small and small["output"] == diagnosis.get("output"):
             diagnosis["first_wrong"] = small["first_wrong"]
-        if not diagnosis.get("looks_like"):
-            others = (self.diagnosis(*other, named=True) for other in self.others(bad))
-            if like := next((told for told in others if told.get("looks_like")), None):
-                diagnosis |= {key: like[key] for key in ("looks_like", "because")}
+        if diagnosis and not diagnosis.get("looks_like"):
+            # Several mistakes may explain this case: another one tells them apart.
+            for other in self.others(bad):
+                name = self.diagnosis(*other).get("looks_like")
+                shown = ((case, whole), (smallest, least))
+                like = [self.diagnosis(*c, among=(name,)) for c in shown] if name else []
+                if name and all(told.get("looks_like") == name for told in like):
+                    diagnosis |= {key: like[0][key] for key in ("looks_like", "because")}
+                    break
         return Story(
             bad.case, dict(case.sizes), dict(found.case.sizes), found.complete, found.tries,
             diagnosis or None,
@@ -422,8 +441,13 @@ class _Run:
                 return
             yield case, self.verdict(case, self.arrays(case, number))[1]
 
-    def diagnosis(self, case: Workload, answer: "Answer | None", *, named: bool) -> dict[str, Any]:
-        """What is wrong with an answer; named: and which mutant it is like, if only one is."""
+    def diagnosis(
+        self, case: Workload, answer: "Answer | None", *, among: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:
+        """What is wrong with an answer, and which mutant it is like, if only one is.
+
+        among: whether it is like one of these, whatever others explain; None: all of them.
+        """
         if answer is None:
             return {}
         bad, problem = answer.judgement.bad, self.puzzle.problem
@@ -436,10 +460,15 @@ class _Run:
         outputs = tuple(answer.outputs)
 
         def suspects(_: Any, at: int) -> Any:
-            if not named:
+            if among == () or self.untouched:
                 return
-            made = list(self.mutants(answer.arrays, case.options, at, outputs))
+            made = list(self.mutants(answer.arrays, case.options, at, outputs, among))
+            if time.monotonic() > self.until:
+                return  # one that was not tried may explain it as well
             for name, says, wrong in made:
+                if among is not None:
+                    yield name, says, wrong
+                    continue
                 alike = [n for n, _, w in made if np.array_equal(w, wrong, equal_nan=True)]
                 if len(alike) == 1 or self.right_elsewhere(alike) == [name]:
                     yield name, says, wrong
@@ -451,6 +480,8 @@ class _Run:
                 )
         finally:
             self.child.load(self.source)
+        if found and self.untouched:  # zeros and poison have a reason already
+            found |= {"looks_like": None, "because": ""}
         if found and "first_wrong" in found:
             found["first_wrong"] |= self.behind(found, answer)
         return found or {}
@@ -492,11 +523,14 @@ class _Run:
         options: Mapping[str, Any],
         at: int,
         outputs: tuple[np.ndarray, ...],
+        among: tuple[str, ...] | None = None,
     ) -> Iterator[tuple[str, str, np.ndarray]]:
         """What each mutant makes of these inputs: its name, what it does, that output."""
         for mutant in self.puzzle.mutants:
-            if self.backend not in mutant.edits:
+            if self.backend not in mutant.edits or (among and mutant.name not in among):
                 continue
+            if time.monotonic() > self.until:
+                return
             made = self.child.load(mutant.source(self.puzzle, self.backend), other=True)
             made = self.child.call(arrays, options, ()) if made["ok"] else made
             if made["ok"] and len(made["outputs"]) == len(outputs):
@@ -598,5 +632,10 @@ def judged(
             off = []
     if bad is None and off:
         detail = off[0].detail.replace(" on whole numbers", "").replace(" exactly", "")
+        if off[0].reason == "probe":
+            got, want = found[off[0].output], truth[[*specs].index(off[0].output)]
+            count = int((got != want.astype(got.dtype)).sum())
+            share = f"({count} of {got.size} elements are off)"
+            detail = re.sub(r"\([\d.]+% of the elements are off\)", share, detail)
         bad = replace(off[0], detail=detail)
     return Judgement(bad, error, truth, model, told)

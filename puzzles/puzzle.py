@@ -132,6 +132,20 @@ class Puzzle:
     def skeleton(self, backend: str) -> str:
         return skeleton_of(self.solution(backend))
 
+    def untouched(self, backend: str, source: str) -> list[int]:
+        """The lines of the holes that nothing was written into: what stands around them is there
+        still. All of them where only comments of the skeleton were changed."""
+        skeleton = self.skeleton(backend)
+        theirs, lines = _lines(source), _lines(skeleton)
+        found = []
+        for at, (_, text) in enumerate(lines):
+            if text == HOLE:
+                around = [text for _, text in lines[at - 1 : at + 2]]
+                for here in range(1, len(theirs)):
+                    if [text for _, text in theirs[here - 1 : here + 2]] == around:
+                        found.append(theirs[here][0])
+        return sorted({*found})
+
     @cached_property
     def mutants(self) -> tuple[Mutant, ...]:
         return tuple(_mutant(path) for path in sorted((self.folder / "mutants").glob("*.toml")))
@@ -180,6 +194,12 @@ def _needs_statement(lines: list[str]) -> bool:
     """Whether the last block that was opened holds nothing but comments so far."""
     code = next((x for x in reversed(lines) if x.strip() and not x.strip().startswith("#")), "")
     return code.rstrip().endswith((":", '"""')) and not code.startswith('"""')
+
+
+def _lines(source: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, each with its number from 1."""
+    numbered = enumerate((line.strip() for line in source.splitlines()), 1)
+    return [(number, text) for number, text in numbered if text]
 
 
 def track() -> tuple[Puzzle, ...]:

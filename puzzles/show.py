@@ -8,13 +8,14 @@ from rich.markup import escape
 
 from parity.commands.failing import element, show_map
 from puzzles.grade import Result
-from puzzles.puzzle import Puzzle
+from puzzles.puzzle import HOLE, Puzzle
 from puzzles.verdicts import VERDICTS
 
 if TYPE_CHECKING:
     import rich.console
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(picture\.svg\)\n\n?")  # Markdown's, its words in group 1
+RAN = ("wrong_value", "not_written", "wrong_shape", "wrong_dtype", "no_launch", "no_effect")
 _PRINTED = 8  # lines of what the learner's code printed
 
 
@@ -30,23 +31,42 @@ def result(
     if found.ok:
         console.print("[bold green]PASS[/]  every case is right, and the kernel did the work")
     else:
-        says = "this is still the skeleton" if found.unchanged else meaning.says
+        says = "nothing is filled in yet" if found.unchanged else meaning.says
         console.print(f"[bold red]FAIL[/]  {escape(says)}")
-        _failure(console, found, file)
+        if not found.unchanged:
+            _failure(console, found, file)
     _bars(console, found)
     if found.output.strip():
         _printed(console, found.output)
     if found.ok:
+        for c in found.constraints:
+            if not c.ok:
+                share = found.possible["constraints"] / len(found.constraints)
+                used, most = (f"{n:.4g}{'x' * (c.name == 'reads')}" for n in (c.measured, c.limit))
+                console.print(f"{share:g} points are still there: {c.name} {used}, {most} allowed")
         console.print(f"next: [bold]{prompt}puzzles next[/]")
         return
-    if meaning.helps:
-        console.print(f"help: {escape(meaning.helps)}")
+    if helps := _helps(found, file):
+        console.print(f"help: {escape(helps)}")
     console.print(f"next: [bold]{prompt}puzzles hint {found.puzzle}[/]")
     console.print(
         f"same numbers again: [bold]{prompt}puzzles check {found.puzzle} -b {found.backend} "
         f"--seed {found.seed}[/]",
         soft_wrap=True,
     )
+
+
+def _helps(found: Result, file: str) -> str:
+    """What to do about the verdict."""
+    if found.untouched and found.verdict in RAN:
+        lines = ", ".join(map(str, found.untouched))
+        each = "s" * (len(found.untouched) > 1)
+        rest = "" if found.unchanged else " Nothing is filled in there."
+        return f"Look for `{HOLE.lstrip('# ')}` in {file}, line{each} {lines}.{rest}"
+    bad = next((o for o in found.outcomes if not o.ok), None)
+    if found.verdict == "raised" and (bad is None or bad.line is None):
+        return "Read the message. Which line of your file it is about is not known."
+    return VERDICTS[found.verdict].helps
 
 
 def _failure(console: "rich.console.Console", found: Result, file: str) -> None:

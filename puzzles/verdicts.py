@@ -35,7 +35,7 @@ VERDICTS: Mapping[str, Meaning] = {
         "It still holds the poison it was filled with. Look at the grid and at the store's mask.",
     ),
     "wrong_value": Meaning(
-        "wrong values", "Work the smallest failing case through by hand; it is small."
+        "wrong values", "Work the first wrong element through by hand, from the statement."
     ),
     "cached": Meaning(
         "it remembers an earlier answer", "A solution depends on its arguments and nothing else."
@@ -79,7 +79,7 @@ VERDICTS: Mapping[str, Meaning] = {
     ),
     # the process
     "raised": Meaning(
-        "it raised an exception", "Read the message; the line of your file stands above."
+        "it raised an exception", "Read the message; the line of your file stands above it."
     ),
     "timeout": Meaning("it did not finish in time", "Is there a loop whose end is never reached?"),
     "memory": Meaning(

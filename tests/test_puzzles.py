@@ -131,6 +131,45 @@ def test_what_several_mistakes_explain_is_called_none_of_them(children: dict[str
     assert found.story.diagnosis["looks_like"] == "same_at_every_step"
 
 
+def test_a_mistake_that_does_not_explain_what_is_shown_is_not_named(children: dict[str, Child]):
+    """Without its last block a sweep over 8 columns sees none, over 2500 what a known one sees."""
+    puzzle, loop = (
+        load(HOME / "q08"),
+        "for start in range(0, {}, block):\n        k = start + lane\n",
+    )
+    sweep = "largest = tl.zeros([block], tl.float32)\n    " + loop
+    source = puzzle.solution("triton").replace(sweep.format("K"), sweep.format("K - block + 1"))
+    assert source != puzzle.solution("triton")
+    found = grade(puzzle, "triton", source, seed=SEED, child=children["triton"])
+    assert found.verdict == "wrong_value" and found.story is not None and found.story.diagnosis
+    assert found.story.case == "eight" and not found.story.diagnosis["looks_like"]
+
+
+def test_holes_that_nobody_filled_are_said_to_be_untouched(children: dict[str, Child]):
+    puzzle, child = load(HOME / "q15"), children["triton"]
+    skeleton = "\n# mine\n" + puzzle.skeleton("triton")
+    found = grade(puzzle, "triton", skeleton, seed=SEED, child=child)
+    line = next(n for n, text in enumerate(skeleton.splitlines(), 1) if HOLE in text)
+    assert found.unchanged and found.untouched == (line,)
+    assert found.story is None and found.points["correctness"] == 0
+    q04 = load(HOME / "q04")
+    for name in ("triton", "pallas"):
+        assert not q04.untouched(name, q04.solution(name))
+    half = load(HOME / "q08").skeleton("pallas")
+    half = half.replace(f"{HOLE}\n        return largest", "return jnp.maximum(largest, 0.0)")
+    assert len(load(HOME / "q08").untouched("pallas", half)) == 2
+
+
+def test_a_case_of_zeros_earns_nothing_alone(children: dict[str, Child]):
+    puzzle = load(HOME / "q15")
+    mutant = next(m for m in puzzle.mutants if m.name == "low_nibbles_twice")
+    source = mutant.source(puzzle, "triton")
+    child = children["triton"]
+    found = grade(puzzle, "triton", source, seed=SEED, explain=False, child=child)
+    assert [o.case for o in found.outcomes if o.ok] == ["zeros"]
+    assert found.points["correctness"] == 0
+
+
 def test_a_seed_replays_the_fresh_cases():
     def drawn(seed: str) -> list[dict]:
         return [dict(c.sizes) for c in Q01.cases(np.random.default_rng(int(seed, 16)))]
@@ -410,6 +449,9 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_from_the_skeleton_to_a_pass(mine: Path, capsys: pytest.CaptureFixture):
+    assert main(["next", "q08", "-b", "pallas"]) == 0
+    assert "puzzles check q08" in capsys.readouterr().out
+    assert HOLE in (mine / "q08_pallas.py").read_text()
     assert main(["next", "-b", "triton"]) == 0
     shown = capsys.readouterr().out
     assert "One scale for a whole tensor" in shown and "my_puzzles/q01_triton.py" in shown
@@ -437,14 +479,19 @@ def test_hints_come_one_by_one(mine: Path, capsys: pytest.CaptureFixture):
     for count in (1, 2):
         assert main(["hint", "q01", "--json"]) == 0
         assert len(json.loads(capsys.readouterr().out)["hints"]) == count
+    assert main(["hint", "q01"]) == 0
+    assert "no more" not in capsys.readouterr().out
+    assert main(["hint", "q01"]) == 0
+    assert capsys.readouterr().out.endswith("There are no more.\n")
 
 
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
         (["check", "q99"], "no puzzle"),
+        (["next", "q99"], "no puzzle"),
         (["chek"], "did you mean 'check'"),
-        (["check", "q01"], "next"),
+        (["check", "q8", "-b", "pallas"], "`puzzles next q08 -b pallas` begins it"),
     ],
 )
 def test_usage_is_said_in_one_sentence(

@@ -24,7 +24,8 @@ def _nf4_kernel(
     # BEGIN SOLUTION
     # 1. The scale of each block: two table lookups, a product, a sum. [block_b]
     # 2. Load the bytes once; look up the values of both nibbles. [block_b, 32] each
-    # 3. tl.interleave makes one tensor of the two. Scale it, store it as float16.
+    # 3. tl.interleave makes one tensor of the two. Multiply each row by its block's scale, and
+    #    store it as float16.
     q = tl.load(absmax_ptr + b, mask=b < B, other=0).to(tl.int32)
     coarse = tl.load(absmax2_ptr + b // 256, mask=b < B, other=0.0)
     scale = tl.load(code2_ptr + q) * coarse + tl.load(offset_ptr)

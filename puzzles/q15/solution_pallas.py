@@ -41,8 +41,9 @@ def _w4_kernel(x_gmem, packed_gmem, scale_gmem, zero_gmem, y_gmem, y_smem):
         # 1. The low nibbles and the high ones, as float16, minus the zero point: two pieces of a
         #    group's codes, [BLOCK_N, 64] each.
         # 2. The sum over the group: in an accumulator, pl.run_scoped(product, plgpu.ACC(acc.shape,
-        #    jnp.float32)), a piece times the columns of x that belong to it (plgpu.wgmma; .T of a
-        #    reference is its transpose), and the other; plgpu.wgmma_wait(0) before it is read.
+        #    jnp.float32)), a piece times the columns of x that belong to it (plgpu.wgmma; of a
+        #    reference's part the transpose is x_smem.at[0].T), and the other;
+        #    plgpu.wgmma_wait(0) before it is read.
         # 3. Return acc plus that, times the scale.
         # A float16 with the bits 0x6400 | q is 1024 + q, which is quicker than a conversion.
         # INSTEAD return acc
