@@ -113,9 +113,6 @@ def default_split(M: int, N: int, K: int) -> int:
 # it again for every tile of tokens costs more than its 2 N K bytes, written and read.
 DENSE_M = 1024
 
-# Pointer loads need address registers, and Ada has 99 KB of shared memory: a smaller tile.
-POINTER_CONFIG = Config(stages=2)
-
 # Two words of 16 bits at once: nibble i of both, as floats, less zero, times scale. By fma alone,
 # which Ampere has for bfloat16 too; the second is a multiplication (its addend is -0).
 _UNPACK = """{{
@@ -423,7 +420,9 @@ def _product(
         _lib.check_gpu()
         tma = _lib.has_tma() and _lib.tma_ready(x) and w_packed.data_ptr() % 16 == 0
         tiles = Config(*config) if config else default_config(M, N, K, x.dtype)
-        tiles = tiles if tma or config else POINTER_CONFIG
+        if not (tma or config):
+            # Pointer loads need address registers, and Ada has 99 KB of shared memory.
+            tiles = Config(block_m=min(64, max(16, _lib.power_of_2(M))), stages=2)
         split_k = split_k or default_split(M, N, K)
         block_m, block_n = tiles.block_m, tiles.block_n
         atomic = atomic and split_k > 1
