@@ -78,7 +78,7 @@ def default_config(T: int, W: int, B: int, dtype: Any, which: str = "fwd") -> Co
 
 
 def _sigmoid(x: Any) -> Any:
-    s = lax.rsqrt(1.0 + jnp.exp(-x))  # a division would take longer
+    s = lax.rsqrt(1.0 + jnp.exp2(x * -1.4426950408889634))  # a division would take longer
     return s * s
 
 
@@ -95,11 +95,10 @@ def _rate(lam: Any, factor: float) -> Any:
 def _decay(r_pre: Any, rate: Any, fresh: Any) -> tuple[Any, Any, Any]:
     """(r, a, 1 - a^2); fresh: where the token enters as it is, or None."""
     r = _sigmoid(r_pre)
-    y = rate * r
-    a = jnp.exp(-y)
-    y = y * 2.0
-    series = 1.0 - y * 0.25 * (1.0 - y * 0.2 * (1.0 - y * (1.0 / 6)))
-    series = y * (1.0 - y * 0.5 * (1.0 - y * (1.0 / 3) * series))
+    y = 2.0 * rate * r
+    a = jnp.exp2(y * -0.7213475204444817)  # exp(-y / 2)
+    series = 1.0 / 6 + y * (-1.0 / 24 + y * (1.0 / 120 - y * (1.0 / 720)))
+    series = y * (1.0 + y * (-0.5 + y * series))
     square = jnp.where(y < 0.25, series, 1.0 - a * a)
     if fresh is None:
         return r, a, square

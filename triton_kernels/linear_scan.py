@@ -41,6 +41,7 @@ from .linear_scan_walk import (
     bound,
     carried,
     check_sequences,
+    existing,
     first_sequence,
     initial,
     launch_sizes,
@@ -119,7 +120,7 @@ def _linear_scan_carry_kernel(
     cu_ptr,  # [B + 1] int32
     h0_ptr,  # [B, W] float32 or None
     carry_ptr,  # [chunks, 2, W] float32
-    T, W, B, chunk, stride_a, stride_b,
+    T, B, chunk, W: tl.constexpr, stride_a: tl.constexpr, stride_b: tl.constexpr,
     block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr, reverse: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = block_t // rows
@@ -167,7 +168,7 @@ def _linear_scan_fwd_kernel(
     carry_ptr,  # [chunks, 2, W] float32
     h_ptr,  # [T, W]
     h_T_ptr,  # [B, W] float32
-    T, W, B, chunk, stride_a, stride_b,
+    T, B, chunk, W: tl.constexpr, stride_a: tl.constexpr, stride_b: tl.constexpr,
     block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = block_t // rows
@@ -214,7 +215,9 @@ def _linear_scan_fwd_kernel(
             a = tl.where(inside, a_tile[r].to(tl.float32), 1.0)
             h_row = a * h_row + tl.where(inside, b_tile[r].to(tl.float32), 0.0)
             h_tile = h_row.to(h_ptr.dtype.element_ty)
-            tl.store(row_ptr(h_ptr, W, k, c, T, False), h_tile, inside & (c < W)[None, :])
+            tl.store(
+                row_ptr(h_ptr, W, k0, r, c, T, parts, rows, False), h_tile, existing(inside, c, W)
+            )
         if done:
             tl.store(state_row(h_T_ptr, s, c, W, B, False), h, c < W)
             s += 1
@@ -236,7 +239,8 @@ def _linear_scan_bwd_kernel(
     da_ptr,  # [T, W]
     db_ptr,  # [T, W]
     dh0_ptr,  # [B, W] float32
-    T, W, B, chunk, stride_a, stride_h, stride_dh,
+    T, B, chunk, W: tl.constexpr, stride_a: tl.constexpr, stride_h: tl.constexpr,
+    stride_dh: tl.constexpr,
     block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = block_t // rows
@@ -285,10 +289,10 @@ def _linear_scan_bwd_kernel(
             u = v_row + tl.where(inside, dh_tile[r].to(tl.float32), 0.0)
             v_row = a * u
             da = u * tl.where(k == stop - 1, h_start, h_tile[r].to(tl.float32))
-            exist = inside & (c < W)[None, :]
+            exist = existing(inside, c, W)
             da = da.to(da_ptr.dtype.element_ty)
-            tl.store(row_ptr(da_ptr, W, k, c, T, True), da, exist)
-            tl.store(row_ptr(db_ptr, W, k, c, T, True), u.to(da.dtype), exist)
+            tl.store(row_ptr(da_ptr, W, k0, r, c, T, parts, rows, True), da, exist)
+            tl.store(row_ptr(db_ptr, W, k0, r, c, T, parts, rows, True), u.to(da.dtype), exist)
         if done:
             tl.store(state_row(dh0_ptr, s, c, W, B, True), v, c < W)
             s += 1
@@ -341,7 +345,7 @@ def _forward(
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(T, W, B, a.dtype)
         chunk, grid = launch_sizes(T, W, tiles)
-        sizes = T, W, B, chunk, a.stride(0), b.stride(0)
+        sizes = T, B, chunk, W, a.stride(0), b.stride(0)
         carry = a.new_empty(grid[1], 2, W, dtype=torch.float32)
         if grid[1] > 1:
             _linear_scan_carry_kernel[grid[0], grid[1] - 1](
@@ -392,11 +396,11 @@ def _backward(
         carry = a.new_empty(grid[1], 2, W, dtype=torch.float32)
         if grid[1] > 1:
             _linear_scan_carry_kernel[grid[0], grid[1] - 1](
-                a, dh, cu_seqlens, dh_T, carry, T, W, B, chunk, a.stride(0), dh.stride(0),
+                a, dh, cu_seqlens, dh_T, carry, T, B, chunk, W, a.stride(0), dh.stride(0),
                 *tiles.shape, True, **tiles.resources,
             )  # fmt: skip
         _linear_scan_bwd_kernel[grid](
-            a, h, cu_seqlens, h0, carry, dh, dh_T, da, db, dh0, T, W, B, chunk,
+            a, h, cu_seqlens, h0, carry, dh, dh_T, da, db, dh0, T, B, chunk, W,
             a.stride(0), h.stride(0), dh.stride(0), *tiles.shape, **tiles.resources,
         )  # fmt: skip
     return [da, db, dh0]

@@ -125,25 +125,40 @@ def step_of(k0, r: tl.constexpr, parts: tl.constexpr, rows: tl.constexpr):
 
 
 @triton.jit
-def row_ptr(x_ptr, stride, k, c, T, reverse: tl.constexpr, shift: tl.constexpr = 0):
+def row_ptr(
+    x_ptr, stride: tl.constexpr, k0, r: tl.constexpr, c, T,
+    parts: tl.constexpr, rows: tl.constexpr, reverse: tl.constexpr, shift: tl.constexpr = 0,
+):  # fmt: skip
+    """Addresses of row r of the tile at k0: those of row 0 and a constant. [parts, block_c]"""
+    k = step_of(k0, 0, parts, rows)
     t = (T - 1 - k if reverse else k) + shift
-    return x_ptr + t.to(tl.int64) * stride + c[None, :]
+    first = x_ptr + t.to(tl.int64) * stride + c[None, :]
+    return first - r * stride if reverse else first + r * stride
+
+
+@triton.jit
+def existing(inside, c, W: tl.constexpr):
+    """inside [parts, 1], and channels that exist. [parts, 1] or [parts, block_c]"""
+    if (c.shape[0] + W) % c.shape[0] == 0:  # (the interpreter cannot divide by a constexpr)
+        return inside
+    else:
+        return inside & (c < W)[None, :]
 
 
 @triton.jit
 def load_rows(
-    x_ptr, stride, k0, end, c, W, T,
+    x_ptr, stride: tl.constexpr, k0, end, c, W: tl.constexpr, T,
     parts: tl.constexpr, rows: tl.constexpr, reverse: tl.constexpr, shift: tl.constexpr = 0,
 ):  # fmt: skip
     """The rows of a tile as they are stored; zeros from step `end` on and before the array."""
     found = ()
     for r in tl.static_range(rows):
         k = step_of(k0, r, parts, rows)
-        exist = (k < end) & (c < W)[None, :]
+        exist = k < end
         if shift != 0:
             exist = exist & (k < T + shift)
-        x = tl.load(row_ptr(x_ptr, stride, k, c, T, reverse, shift), exist, 0.0)
-        found = found + (x,)  # noqa: RUF005
+        at = row_ptr(x_ptr, stride, k0, r, c, T, parts, rows, reverse, shift)
+        found = found + (tl.load(at, existing(exist, c, W), 0.0),)  # noqa: RUF005
     return found
 
 

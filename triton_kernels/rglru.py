@@ -39,6 +39,7 @@ from .linear_scan_walk import (
     bound,
     carried,
     check_sequences,
+    existing,
     first_sequence,
     initial,
     launch_sizes,
@@ -71,7 +72,7 @@ def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd
 
 @triton.jit
 def _sigmoid(x):
-    s = tl.rsqrt(1.0 + tl.exp(-x))  # a division would take longer
+    s = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))  # a division would take longer
     return s * s
 
 
@@ -91,11 +92,10 @@ def _rate(lam_ptr, c, W, factor):
 def _decay(r_pre, rate, fresh):
     """(r, a, 1 - a^2); fresh: the token enters as it is."""
     r = _sigmoid(r_pre.to(tl.float32))
-    y = rate[None, :] * r
-    a = tl.exp(-y)
-    y *= 2.0
-    series = 1.0 - y * (0.25) * (1.0 - y * 0.2 * (1.0 - y * (1.0 / 6)))
-    series = y * (1.0 - y * 0.5 * (1.0 - y * (1.0 / 3) * series))
+    y = 2.0 * rate[None, :] * r
+    a = tl.exp2(y * -0.7213475204444817)  # exp(-y / 2)
+    series = 1.0 / 6 + y * (-1.0 / 24 + y * (1.0 / 120 - y * (1.0 / 720)))
+    series = y * (1.0 + y * (-0.5 + y * series))
     square = tl.where(y < 0.25, series, 1.0 - a * a)
     return r, tl.where(fresh, 0.0, a), tl.where(fresh, 1.0, square)
 
@@ -117,7 +117,8 @@ def _rglru_carry_kernel(
     cu_ptr,  # [B + 1] int32
     h0_ptr,  # [B, W] float32 or None: the states that enter
     carry_ptr,  # [chunks, 2, W] float32
-    T, W, B, chunk, stride_x, stride_r, stride_i, factor,
+    T, B, chunk, factor, W: tl.constexpr,
+    stride_x: tl.constexpr, stride_r: tl.constexpr, stride_i: tl.constexpr,
     block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
     fresh: tl.constexpr, reverse: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +178,8 @@ def _rglru_fwd_kernel(
     carry_ptr,  # [chunks, 2, W] float32
     h_ptr,  # [T, W]
     h_T_ptr,  # [B, W] float32
-    T, W, B, chunk, stride_x, stride_r, stride_i, factor,
+    T, B, chunk, factor, W: tl.constexpr,
+    stride_x: tl.constexpr, stride_r: tl.constexpr, stride_i: tl.constexpr,
     block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = block_t // rows
@@ -229,7 +231,9 @@ def _rglru_fwd_kernel(
             inside = (k >= low) & (k < high)
             h_row = a_rows[r] * h_row + b_rows[r]
             h_tile = h_row.to(h_ptr.dtype.element_ty)
-            tl.store(row_ptr(h_ptr, W, k, c, T, False), h_tile, inside & (c < W)[None, :])
+            tl.store(
+                row_ptr(h_ptr, W, k0, r, c, T, parts, rows, False), h_tile, existing(inside, c, W)
+            )
         if done:
             tl.store(state_row(h_T_ptr, s, c, W, B, False), h, c < W)
             s += 1
@@ -256,7 +260,9 @@ def _rglru_bwd_kernel(
     di_ptr,  # [T, W]
     sums_ptr,  # [chunks, W] float32: of r * dlog a, this program's chunk
     dh0_ptr,  # [B, W] float32
-    T, W, B, chunk, stride_x, stride_r, stride_i, stride_h, stride_dh, factor,
+    T, B, chunk, factor, W: tl.constexpr,
+    stride_x: tl.constexpr, stride_r: tl.constexpr, stride_i: tl.constexpr,
+    stride_h: tl.constexpr, stride_dh: tl.constexpr,
     block_t: tl.constexpr, block_c: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = block_t // rows
@@ -320,13 +326,13 @@ def _rglru_bwd_kernel(
             dlog_a = a * (da - u * i * x * a * tl.minimum(root, 2000.0))
             dlog_a = tl.where(starts & (h0_ptr is None), 0.0, dlog_a) * r
             sums += tl.where(inside, dlog_a, 0.0)
-            exist = inside & (c < W)[None, :]
+            exist = existing(inside, c, W)
             dx = (u * m_i).to(dx_ptr.dtype.element_ty)
             dr = -rate[None, :] * dlog_a * (1.0 - r)
             di = u * m_i * x * (1.0 - i)
-            tl.store(row_ptr(dx_ptr, W, k, c, T, True), dx, exist)
-            tl.store(row_ptr(dr_ptr, W, k, c, T, True), dr.to(dx.dtype), exist)
-            tl.store(row_ptr(di_ptr, W, k, c, T, True), di.to(dx.dtype), exist)
+            tl.store(row_ptr(dx_ptr, W, k0, j, c, T, parts, rows, True), dx, exist)
+            tl.store(row_ptr(dr_ptr, W, k0, j, c, T, parts, rows, True), dr.to(dx.dtype), exist)
+            tl.store(row_ptr(di_ptr, W, k0, j, c, T, parts, rows, True), di.to(dx.dtype), exist)
         if done:
             tl.store(state_row(dh0_ptr, s, c, W, B, True), v, c < W)
             s += 1
@@ -416,7 +422,7 @@ def _forward(
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(T, W, B, x.dtype)
         chunk, grid = launch_sizes(T, W, tiles)
-        sizes = T, W, B, chunk, x.stride(0), r_pre.stride(0), i_pre.stride(0), c
+        sizes = T, B, chunk, c, W, x.stride(0), r_pre.stride(0), i_pre.stride(0)
         carry = x.new_empty(grid[1], 2, W, dtype=torch.float32)
         if grid[1] > 1:
             _rglru_carry_kernel[grid[0], grid[1] - 1](
@@ -478,14 +484,14 @@ def _backward(
         sums = x.new_empty(grid[1], W, dtype=torch.float32)
         if grid[1] > 1:
             _rglru_carry_kernel[grid[0], grid[1] - 1](
-                dh, r_pre, i_pre, lam, cu_seqlens, dh_T, carry, T, W, B, chunk,
-                dh.stride(0), r_pre.stride(0), i_pre.stride(0), c, *tiles.shape, h0 is None, True,
+                dh, r_pre, i_pre, lam, cu_seqlens, dh_T, carry, T, B, chunk, c, W,
+                dh.stride(0), r_pre.stride(0), i_pre.stride(0), *tiles.shape, h0 is None, True,
                 **tiles.resources,
             )  # fmt: skip
         _rglru_bwd_kernel[grid](
             x, r_pre, i_pre, lam, h, cu_seqlens, h0, carry, dh, dh_T, dx, dr, di, sums, dh0,
-            T, W, B, chunk, x.stride(0), r_pre.stride(0), i_pre.stride(0), h.stride(0),
-            dh.stride(0), c, *tiles.shape, **tiles.resources,
+            T, B, chunk, c, W, x.stride(0), r_pre.stride(0), i_pre.stride(0), h.stride(0),
+            dh.stride(0), *tiles.shape, **tiles.resources,
         )  # fmt: skip
         _rglru_dlam_kernel[(_lib.cdiv(W, 128),)](sums, lam, dlam, grid[1], W, c, 128)
     return [dx, dr, di, dlam, dh0]
