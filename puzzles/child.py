@@ -293,7 +293,9 @@ def _failed(e: BaseException, job: Mapping[str, Any]) -> dict[str, Any]:
         verdict, detail = "past_the_end", str(e)
     elif getattr(e, "parity_reason", "") == "race":
         verdict = "race"
-        detail = " ".join(line.strip() for line in said).removeprefix("RACE: ")[:300]
+        detail = (
+            said[0].removeprefix("RACE: ").replace(f"{os.path.basename(job['file'])}:", "line ")
+        )
     elif beyond := _BEYOND.search(detail if inner else str(e)):
         place = f"[{_SLICE.sub(r'\1:\2', beyond[1]).rstrip(',')}] of an array of shape {beyond[2]}"
         does = "read" if "out-of-bounds read" in words else "written to"
@@ -315,6 +317,11 @@ def _where(e: BaseException, file: str) -> dict[str, Any]:
         if name == file:
             linecache.checkcache(file)  # it held another solution before
             return {"line": line, "code": linecache.getline(file, line).strip()}
+    if getattr(e, "parity_reason", "") == "race" and (
+        line := re.search(rf"\b{re.escape(os.path.basename(file))}:(\d+)", str(e))
+    ):
+        linecache.checkcache(file)
+        return {"line": int(line[1]), "code": linecache.getline(file, int(line[1])).strip()}
     for cause in _causes(e):  # the first one that passed through the file
         frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename == file]
         if frames:

@@ -92,6 +92,26 @@ def test_watched_turns_a_race_into_an_error():
             _run(_handover(False), jnp.zeros(128))
 
 
+def test_a_race_of_a_pipelines_copy_is_told_in_words_too():
+    """The copy has no line; the read has one. And two blocks of a grid have one block_id."""
+    warpgroup = "Warpgroup(device_id=0, cluster_id=0, block_id=0, warpgroup_id=0)"
+
+    def raced(space: int, first: str, second: str) -> str:
+        key = f"HostAllocationKey(memory_space_id={space}, device_id=0, block_id=0)"
+        access = f"{key}[(slice(0, 64, 1),)] from {warpgroup}, "
+        return mosaic_interpreter._in_words(
+            f"RACE DETECTED\n  write of {access}{first}\n  clock: <a clock>\n"
+            f"  read of {access}{second}\n  clock: <a clock>\n"
+        )
+
+    assert raced(1, "", "/a/kernel.py:31:15 (body)") == (
+        "RACE: warpgroup 0 of block 0 writes SMEM[0:64] (a copy of the pipeline), "
+        "warpgroup 0 of block 0 reads SMEM[0:64] (kernel.py:31), and nothing orders the two"
+    )
+    line = "/a/kernel.py:10:4 (body)"
+    assert "warpgroup 0 writes GMEM[0:64] (kernel.py:10), warpgroup 0 reads" in raced(0, line, line)
+
+
 def _wgmma_ring(wait: bool):
     """Two trips through one slot: the second copy may come only when the first wgmma has ended."""
 

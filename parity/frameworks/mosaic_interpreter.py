@@ -321,8 +321,8 @@ def traffic(each: Callable[[Touch], None] | None = None) -> Iterator[Traffic]:
 
 
 _ACCESS = re.compile(
-    r"(read|write) of (.*?)\[(.*)\] from (\w*\(.*?\)|.*?), ([^\n]+?:\d+)[: ]", re.MULTILINE
-)
+    r"(read|write) of (.*?)\[(.*)\] from (\w*\(.*?\)|.*?), (?:([^\n]+?:\d+)[: ]|$)", re.MULTILINE
+)  # what a pipeline does has no line
 
 
 def _in_words(race: str) -> str:
@@ -332,15 +332,18 @@ def _in_words(race: str) -> str:
         return race
     spaces = _jax().spaces.MemorySpace
     names = {str(_jax().memory.get_memory_space_idx(s)): s.name for s in (spaces.SMEM, spaces.GMEM)}
-    words = []
+    words, blocks = [], set(re.findall(r"block_id=(\d+), warp", race))
     for verb, buffer, where, thread, line in accesses:
         ids = dict(re.findall(r"(\w+)=(\w+)", thread))
         who = f"warpgroup {ids['warpgroup_id']}" if "warpgroup_id" in ids else thread
-        who += f" of block {ids['block_id']}" if "block_id" in ids else ""
         space = dict(re.findall(r"(\w+)=(\w+)", buffer)).get("memory_space_id", "")
+        # block_id counts inside a cluster: in GMEM two blocks of the grid may be called the same
+        if "block_id" in ids and (names.get(space) == "SMEM" or len(blocks) > 1):
+            who += f" of block {ids['block_id']}"
         box = re.sub(r"slice\((\d+), (\d+), 1\)", r"\1:\2", where).strip("()").rstrip(",")
         line = line.rpartition("/")[2]
-        words.append(f"{who} {verb}s {names.get(space, 'memory')}[{box}] ({line})")
+        by = f"({line})" if line else "(a copy of the pipeline)"
+        words.append(f"{who} {verb}s {names.get(space, 'memory')}[{box}] {by}")
     return f"RACE: {words[0]}, {words[1]}, and nothing orders the two"
 
 
