@@ -50,8 +50,7 @@ def _quantize(name: str, R: int, n: int, dtype: str, *tags: str) -> Workload:
 
 WORKLOADS = (
     _rotate("ci", 531, 128, "float16", "ci"),
-    _rotate("ci_inverse", 301, 64, "float16", "ci", inverse=True),
-    _rotate("ci_256", 71, 256, "float16", "ci"),
+    _rotate("ci_inverse", 301, 256, "float16", "ci", inverse=True),
     _quantize("ci_quantize", 533, 128, "float16", "ci"),
     _quantize("ci_quantize_64", 67, 64, "float16", "ci"),
     *(
