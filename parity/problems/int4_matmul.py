@@ -77,9 +77,9 @@ def _quantized(name: str, N: int, K: int, dtype: str, *tags: str, group: int = 1
 WORKLOADS = (
     # two tiles of N, the last one ragged; two blocks of K or more, the last one ragged where it can
     _ci("ci", 7, 264, 512, 128, "canonical", "w_zero", "bias", split_k=1),
-    _ci("ci_symmetric", 33, 136, 384, 64, passes=("fwd", "bwd"), split_k=1),
+    _ci("ci_symmetric", 33, 72, 320, 64, passes=("fwd", "bwd"), split_k=1),
     _ci("ci_groups_of_32", 1, 328, 544, 32, "w_zero", split_k=2),
-    _ci("ci_split", 5, 200, 768, 256, "w_zero", "bias", passes=("fwd", "bwd"), split_k=3),
+    _ci("ci_split", 5, 104, 768, 256, "w_zero", "bias", passes=("fwd", "bwd"), split_k=3),
     *(_layer(f"llama70b_up_m{M}", M, 28672, 8192) for M in (1, 8, 16, 64, 256)),
     _layer("llama70b_up_m4096", 4096, 28672, 8192, passes=("fwd", "bwd")),
     *(_layer(f"llama70b_down_m{M}", M, 8192, 28672) for M in (1, 8, 16, 64, 256)),
