@@ -545,8 +545,11 @@ def _forward(
         return jnp.zeros((M, columns), out_dtype), jnp.zeros((M, N), x.dtype) if keep else None
     if config is None:
         config = default_config(M, N, K, E, x.dtype)
-        if activation or keep:  # which need shared memory of their own
-            config = replace(config, block_m=128, block_n=256, stages=3)
+        if activation:  # which needs shared memory of its own, and takes 64 rows at a time
+            block_m = 64 if config.block_m <= 64 else 128
+            config = replace(config, block_m=block_m, block_n=256, block_k=64, stages=3)
+        elif keep:  # h and y at once: the registers would not do for a taller tile
+            config = replace(config, block_m=min(config.block_m, 128))
     plan = tile_plan(sizes, M, N, config)
     y, *h = _product(
         gathered(x, rows, plan),

@@ -169,6 +169,13 @@ def test_with_any_tiles(config):
     _close(jax.jit(lambda *g: grouped_gemm_dw(*g, config=config))(x, dy, sizes), dw)
 
 
+def test_a_tall_tile_is_stored_in_parts():
+    # Four slots leave room for 80 of its 152 rows: 80, then 72.
+    x, w, sizes = _normal(0, 163, 72), _normal(1, 2, 72, 72), _sizes(3, 150)
+    run = jax.jit(lambda *given: grouped_gemm(*given, config=Config(block_m=152)))
+    _close(run(x, w, sizes), _product(x, w, sizes))
+
+
 @pytest.mark.parametrize(("E", "M", "num_n", "group_m"), [(3, 400, 3, 2), (130, 20, 2, 1)])
 def test_the_plan_has_every_tile_once(E, M, num_n, group_m):
     config = Config(block_m=64, block_n=64, group_m=group_m, warpgroups=1)
