@@ -58,7 +58,7 @@ def result(
 
 def _helps(found: Result, file: str) -> str:
     """What to do about the verdict."""
-    if found.untouched and found.verdict in RAN:
+    if found.unchanged or (found.untouched and found.verdict in RAN):
         lines = ", ".join(map(str, found.untouched))
         each = "s" * (len(found.untouched) > 1)
         rest = "" if found.unchanged else " Nothing is filled in there."

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from parity.commands.shared import Stop
 from parity.spec import NUMPY_DTYPES, Arithmetic
-from puzzles import author, pictures, policy, verdicts
+from puzzles import author, pictures, policy, show, verdicts
 from puzzles.cli import main
-from puzzles.grade import Result, grade, judged
+from puzzles.grade import Constraint, Result, grade, judged
 from puzzles.process import Child
 from puzzles.progress import Progress
 from puzzles.puzzle import HOLE, HOME, Puzzle, load, skeleton_of, track
@@ -143,6 +144,28 @@ def test_a_mistake_that_does_not_explain_what_is_shown_is_not_named(children: di
     found = grade(puzzle, "triton", source, seed=SEED, child=children["triton"])
     assert found.verdict == "wrong_value" and found.story is not None and found.story.diagnosis
     assert found.story.case == "eight" and not found.story.diagnosis["looks_like"]
+
+
+def test_the_search_for_a_mistake_ends_in_time(
+    children: dict[str, Child], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("puzzles.grade.STORY_SECONDS", 0.0)
+    mutant = next(m for m in Q01.mutants if m.name == "ignores_the_sign")
+    found = grade(Q01, "triton", mutant.source(Q01, "triton"), seed=SEED, child=children["triton"])
+    assert found.story is not None and found.story.smallest["N"] <= 3
+    assert found.story.diagnosis and found.story.diagnosis["looks_like"] is None
+
+
+def test_a_pass_says_which_points_are_still_there(
+    children: dict[str, Child], capsys: pytest.CaptureFixture
+):
+    child = children["triton"]
+    found = grade(Q01, "triton", Q01.solution("triton"), seed=SEED, child=child)
+    show.result(Console(), Q01, found, "mine.py")
+    assert "still there" not in capsys.readouterr().out
+    often = Constraint("reads", 30.377, 16.0, False)
+    show.result(Console(), Q01, replace(found, constraints=(often, *found.constraints)), "mine.py")
+    assert "points are still there: reads 30.38x, 16x allowed\n" in capsys.readouterr().out
 
 
 def test_holes_that_nobody_filled_are_said_to_be_untouched(children: dict[str, Child]):
