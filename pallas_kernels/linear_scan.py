@@ -60,6 +60,7 @@ from .linear_scan_walk import (
     store_tile,
     tiled,
     tiling,
+    tokens,
     widths,
 )
 
@@ -99,7 +100,8 @@ def default_config(T: int, W: int, B: int, dtype: Any, which: str = "fwd") -> Co
     # Each lane takes 32 elements of a tile.
     block_c, chunks = tiling(T, W, B, widths(dtype, which), 2 * 132)
     arrays = 2 if which == "fwd" else 3
-    return Config(4096 // block_c, block_c, chunks, slots(4096 * arrays, dtype))
+    block_t = tokens(4096, block_c, T, chunks)
+    return Config(block_t, block_c, chunks, slots(4096 * arrays, dtype))
 
 
 def _linear_scan_carry_kernel(

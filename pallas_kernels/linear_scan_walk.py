@@ -46,6 +46,15 @@ def widths(dtype: Any, which: str) -> tuple[int, ...]:
     return (128, 64, 32) if which == "fwd" or _lib.bits(dtype) == 32 else (128, 64)
 
 
+def tokens(elements: int, block_c: int, T: int, chunks: int) -> int:
+    """Tokens of a tile of so many elements; fewer where a chunk would not have 4 tiles, whose loads
+    run ahead."""
+    block_t = elements // block_c
+    while block_t > 32 and 4 * block_t * chunks > T:
+        block_t //= 2
+    return block_t
+
+
 def slots(elements: int, dtype: Any) -> int:
     """Slots for tiles of so many elements in all arrays: of 2 blocks on each multiprocessor."""
     return min(6, max(2, 98304 * 8 // (elements * _lib.bits(dtype))))

@@ -58,6 +58,7 @@ from .linear_scan_walk import (
     store_tile,
     tiled,
     tiling,
+    tokens,
     widths,
 )
 
@@ -74,7 +75,8 @@ def default_config(T: int, W: int, B: int, dtype: Any, which: str = "fwd") -> Co
     # In a backward a row takes more registers, and a tile more arrays.
     elements, arrays = (4096, 3) if which == "fwd" else (16384 // _lib.bits(dtype) * 2, 5)
     block_c, chunks = tiling(T, W, B, widths(dtype, which), 2 * 132)
-    return Config(elements // block_c, block_c, chunks, slots(elements * arrays, dtype))
+    block_t = tokens(elements, block_c, T, chunks)
+    return Config(block_t, block_c, chunks, slots(elements * arrays, dtype))
 
 
 def _sigmoid(x: Any) -> Any:
