@@ -36,7 +36,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _lib
-from . import linear_scan as _scan
+from .linear_scan import DTYPES
+from .linear_scan import Config as _ScanConfig
 from .linear_scan_walk import (
     PARTS,
     STEP,
@@ -62,11 +63,9 @@ from .linear_scan_walk import (
     widths,
 )
 
-DTYPES = _scan.DTYPES
-
 
 @dataclass(frozen=True)
-class Config(_scan.Config):
+class Config(_ScanConfig):
     """As linear_scan's."""
 
 

@@ -41,6 +41,14 @@ AXES: Mapping[str, Axes] = {
         "stages": (1, 2, 3, 4),
         "warps": (4, 8),
     },
+    "scan": {
+        "block_t": (8, 16, 32, 64, 128, 256),
+        "block_c": (32, 64, 128, 256),
+        "chunks": (1, 2, 4, 8, 16, 32),
+        "stages": (2, 3, 4, 6, 8),
+        "warps": (4, 8, 16),
+        "programs": (1, 2, 4),
+    },
 }
 
 # Fields that a pass does not read: its Configs would all be one.

@@ -51,8 +51,12 @@ def test_importing_the_package_imports_no_framework():
 def test_only_public_functions_are_exported():
     import triton_kernels
 
-    names = ["HybridMeta", "HybridPlan", "grouped_gemm", "grouped_gemm_dw", "hybrid_attention"]
-    names += ["hybrid_plan", "matmul", "rms_norm", "softmax"]
+    names = ["HybridMeta", "HybridPlan", "fp8_quantize_blocks", "fp8_quantize_cols"]
+    names += ["fp8_quantize_rows", "grouped_gemm", "grouped_gemm_dw", "hadamard_quantize"]
+    names += ["hadamard_rotate", "hybrid_attention", "hybrid_attention_atomic", "hybrid_plan"]
+    names += ["int4_matmul", "int4_matmul_atomic", "int4_prepack", "int4_quantize"]
+    names += ["int8_quantize", "linear_scan", "linear_scan_step", "matmul", "rglru", "rglru_step"]
+    names += ["rms_norm", "softmax"]
     assert dir(triton_kernels) == names
     assert callable(triton_kernels.matmul) and callable(triton_kernels.rms_norm)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

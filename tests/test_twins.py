@@ -23,6 +23,7 @@ OWN_CONFIG_FIELDS = {
     "pallas_kernels/int8_quantize": {"stages"},
     # Triton's next tile waits in registers, Pallas' in `stages`
     "pallas_kernels/linear_scan": {"stages"},
+    "pallas_kernels/rglru": {"stages"},
     # Pallas swaps the operands always
     "triton_kernels/moe_gemm": {"decode"},
 }

@@ -16,9 +16,18 @@ __all__ = [
     "hadamard_quantize",
     "hadamard_rotate",
     "hybrid_attention",
+    "hybrid_attention_atomic",
     "hybrid_plan",
+    "int4_matmul",
+    "int4_matmul_atomic",
+    "int4_prepack",
+    "int4_quantize",
     "int8_quantize",
+    "linear_scan",
+    "linear_scan_step",
     "matmul",
+    "rglru",
+    "rglru_step",
     "rms_norm",
     "softmax",
 ]
@@ -34,6 +43,11 @@ _FILE = {
     "hadamard_quantize": "hadamard",
     "hadamard_rotate": "hadamard",
     "hybrid_plan": "hybrid_attention",
+    "int4_matmul_atomic": "int4_matmul",
+    "int4_prepack": "int4_matmul",
+    "int4_quantize": "int4_matmul",
+    "linear_scan_step": "linear_scan",
+    "rglru_step": "rglru",
 }
 
 

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lib
-from . import linear_scan as _scan
+from .linear_scan import DTYPES
+from .linear_scan import Config as _ScanConfig
 from .linear_scan_walk import (
     across,
     bound,
@@ -51,11 +52,9 @@ from .linear_scan_walk import (
     trips,
 )
 
-DTYPES = _scan.DTYPES
-
 
 @dataclass(frozen=True)
-class Config(_scan.Config):
+class Config(_ScanConfig):
     """As linear_scan's."""
 
 

@@ -1,6 +1,19 @@
 """All problems, in the order in which they are best learned."""
 
-from parity.problems import hybrid_attention, matmul, moe_gemm, rms_norm, softmax
+from parity.problems import (
+    fp8_quantize,
+    hadamard,
+    hybrid_attention,
+    hybrid_attention_atomic,
+    int4_matmul,
+    int8_quantize,
+    linear_scan,
+    matmul,
+    moe_gemm,
+    rglru,
+    rms_norm,
+    softmax,
+)
 from parity.spec import Problem
 
 PROBLEMS: tuple[Problem, ...] = (
@@ -9,6 +22,13 @@ PROBLEMS: tuple[Problem, ...] = (
     rms_norm.PROBLEM,
     moe_gemm.PROBLEM,
     hybrid_attention.PROBLEM,
+    hybrid_attention_atomic.PROBLEM,
+    int8_quantize.PROBLEM,
+    fp8_quantize.PROBLEM,
+    hadamard.PROBLEM,
+    int4_matmul.PROBLEM,
+    linear_scan.PROBLEM,
+    rglru.PROBLEM,
 )
 
 
