@@ -420,10 +420,8 @@ def _watched(problem: Any, work: Any, fn: Callable[..., Any]) -> Answer | None:
             with triton_interpreter.traffic(watch.each):
                 _, seen = triton_side.call(fn, _draw(problem, work), work.options, problem.glue)
         except Exception as error:
-            if lost := watch.stray:
-                verb = "stores to" if lost.stored else "loads from"
-                detail = f"program {lost.program} {verb} addresses outside the arrays it was given"
-                detail += ": is the mask wrong, or the address?"
+            if isinstance(stray := error.__cause__ or error, triton_side.StrayError):
+                detail = f"{stray}: is the mask wrong, or the address?"
                 return Answer("triton", False, "past_the_end", detail, work.name)
             return Answer("triton", False, "crash", _tracer.sentence(error), work.name)
     if seen.beside:

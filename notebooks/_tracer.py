@@ -9,7 +9,7 @@ import inspect
 import re
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -195,15 +195,6 @@ def _outs(outputs: Sequence[Any]) -> list[str]:
     return ["out", *(f"out{i}" for i in range(1, len(outputs)))]
 
 
-def _extents(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:
-    """The first address of each tensor, and the first one after it."""
-    for x in arguments:
-        x = getattr(x, "base", x) if hasattr(x, "block_shape") else x  # a tensor descriptor
-        if hasattr(x, "data_ptr") and x.numel():
-            reach = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-            yield x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
-
-
 class Conflict(NamedTuple):
     """An element that two programs of one launch touch, one of them storing, with no order."""
 
@@ -213,24 +204,14 @@ class Conflict(NamedTuple):
     lanes: int  # how many elements are contested, over all programs
 
 
-class Stray(Exception):
-    """An access outside every tensor that the kernel was given, stopped before it happened."""
-
-    def __init__(self, program: tuple[int, ...], stored: bool, lanes: int) -> None:
-        super().__init__(f"program {program}: {lanes} lanes outside")
-        self.program, self.stored, self.lanes = program, stored, lanes
-
-
 class Watch:
-    """Finds what Triton's interpreter lets pass: stray accesses, and programs that meet.
+    """Finds what Triton's interpreter lets pass: programs that meet.
 
-    `each` raises Stray, which stops the kernel before a wild address does harm. Give it to
-    triton_interpreter.traffic, inside triton_interpreter.launches() as launched.
+    Give `each` to triton_interpreter.traffic, inside triton_interpreter.launches() as launched.
     Atomics do not come by here: they are ordered.
     """
 
     def __init__(self, launched: Sequence[Any]) -> None:
-        self.stray: Stray | None = None
         self._launched = launched
         self._seen: dict[tuple[int, bool], list[tuple[tuple[int, ...], np.ndarray]]] = {}
 
@@ -238,12 +219,6 @@ class Watch:
         at = np.unique(np.broadcast_to(touch.addresses, touch.mask.shape)[touch.mask])
         program, stored = tuple(map(int, touch.program)), bool(touch.stored)
         self._seen.setdefault((len(self._launched), stored), []).append((program, at))
-        outside = np.ones(at.shape, bool)
-        for start, end in _extents(self._launched[-1].arguments.values()):
-            outside &= (at < start) | (at >= end)
-        if outside.any():
-            self.stray = Stray(program, stored, int(outside.sum()))
-            raise self.stray
 
     def conflict(self) -> Conflict | None:
         for launch, stored in sorted(self._seen):

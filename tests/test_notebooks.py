@@ -212,22 +212,6 @@ def test_both_languages_are_metered_alike(tmp_path: Path):
         assert stored == 19 * 264
 
 
-def test_a_stray_access_is_stopped_before_it_happens(tmp_path: Path):
-    from notebooks._tracer import Stray, Watch
-    from parity.frameworks import triton_interpreter
-
-    edits = {"triton": [["mask=n < N)\n\n\ndef", "mask=n >= 0)\n\n\ndef"]]}
-    module = answers("02", "add_one", edits, tmp_path)
-    memory = module.torch.zeros(64)
-    with triton_interpreter.launches() as launched:
-        watch = Watch(launched)
-        with triton_interpreter.traffic(watch.each), pytest.raises(Exception) as raised:
-            module._add_one_kernel[(1,)](memory[:5], memory[8:13], 5, 64)
-    assert isinstance(raised.value.__cause__, Stray)
-    assert watch.stray is not None and watch.stray.stored and watch.stray.lanes == 59
-    assert not memory.any()
-
-
 @pytest.mark.parametrize(
     ("wait", "says"),
     [

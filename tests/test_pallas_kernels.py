@@ -40,8 +40,12 @@ def _f64(*arrays: jax.Array) -> list[np.ndarray]:
 
 
 def test_the_package_exports_functions_and_loads_them_late():
-    names = ["HybridMeta", "HybridPlan", "grouped_gemm", "grouped_gemm_dw", "hybrid_attention"]
-    names += ["hybrid_plan", "matmul", "rms_norm", "softmax"]
+    names = ["HybridMeta", "HybridPlan", "fp8_quantize_blocks", "fp8_quantize_cols"]
+    names += ["fp8_quantize_rows", "grouped_gemm", "grouped_gemm_dw", "hadamard_quantize"]
+    names += ["hadamard_rotate", "hybrid_attention", "hybrid_attention_atomic", "hybrid_plan"]
+    names += ["int4_matmul", "int4_matmul_atomic", "int4_prepack", "int4_quantize"]
+    names += ["int8_quantize", "linear_scan", "linear_scan_step", "matmul", "rglru", "rglru_step"]
+    names += ["rms_norm", "softmax"]
     assert dir(pallas_kernels) == names
     assert callable(matmul) and callable(rms_norm) and callable(softmax)
     with pytest.raises(AttributeError, match="no_such"):
