@@ -78,6 +78,7 @@ def test_a_result_of_another_source_is_outdated(records: Path):
     changed = dataclasses.replace(results, records={DEVICE: old})
     states = Counter(c.state for *_, cells in changed.coverage() for c in cells.values())
     assert states["timed"] == 0 and states["stale"] > 0
+    assert "passes; 20 rows are outdated: a kernel has changed since" in readme.table(changed)
     kept = [dict(c, source="old") for c in results.checks]
     changed = dataclasses.replace(results, checks=tuple(kept))
     found = {(p.stem, w.name, which): c for p, w, which, c in changed.coverage()}
@@ -119,7 +120,11 @@ def test_readmes_table_is_rendered_between_its_markers(records, tmp_path, monkey
     assert "| `softmax_8192x8192` | fwd | 95.0 | 95 % | **1.05** | 110 | 82 % | 0.91 |" in text
     assert "| `gemm_4096` | bwd | 95.0 | 95 % | **1.05** | fail:tile |  |  |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows}) == 1
+    assert {line.count("|") for line in rows} == {8, 11}  # the summary; every row
+    lines = [x for x in report.Results.here().lines(DEVICE) if x.problem == "softmax"]
+    forwards = sum(line.which == "fwd" for line in lines)
+    assert f"| `softmax` | fwd | {forwards} | 95 (95 to 95) | 1.05 (1.05 to 1.05) | 82 " in text
+    assert f"<code>softmax</code>: {len(lines)} passes</summary>" in text
     assert cli.main(["report", "--readme", "--check", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ok"]
     file.write_text("no markers")
