@@ -266,14 +266,15 @@ def _tasks(
 
 
 def _described(problem: Problem, arrays: Mapping[str, Any], arguments: Sequence[str]) -> list[Any]:
-    """Arguments for the child: [shape, dtype], or the class of a bundle and what it is made of."""
+    """Arguments for the child: [shape, dtype], None for an absent one, or the class of a bundle and
+    what it is made of."""
     found: list[Any] = []
     for argument in arguments:
         if argument in problem.bundles:
             name, of = problem.bundles[argument]
             found.append({"bundle": name, "of": [arrays.get(n) for n in of]})
         else:
-            found.append(arrays[argument])
+            found.append(arrays.get(argument))
     return found
 
 

@@ -345,7 +345,8 @@ class Problem:
     bwd_options: tuple[str, ...] = ()  # which of the workload's options X_bwd takes too
     glue: tuple[str, ...] = ()  # framework operations a twin may use around its kernels
     keywords: tuple[str, ...] = ()  # inputs that X takes by keyword
-    arguments: tuple[str, ...] = ()  # what X takes by position, if not the other inputs in order
+    arguments: tuple[str, ...] = ()  # what X takes by position, absent or not, if not the other
+    # inputs in order
     bundles: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     # argument -> (a class of both twins' files, the inputs it is made of; None for an absent one)
     further: Mapping[str, Further] = field(default_factory=dict)  # pass -> the function behind it
@@ -366,9 +367,8 @@ class Problem:
         return tuple(n for names in named for n in names if n not in work.absent)
 
     def positional(self, work: Workload) -> tuple[str, ...]:
-        """What X takes by position."""
-        names = self.arguments or tuple(n for n in self.inputs(work) if n not in self.keywords)
-        return tuple(n for n in names if n not in work.absent)
+        """What X takes by position; None stands for an absent one of `arguments`."""
+        return self.arguments or tuple(n for n in self.inputs(work) if n not in self.keywords)
 
     def results(self, work: Workload, which: str) -> dict[str, Array]:
         """What a pass returns."""

@@ -77,7 +77,7 @@ def prepared(
 
     def made(argument: str) -> Any:
         if argument not in problem.bundles:
-            return twin.native(arrays[argument])
+            return None if argument in work.absent else twin.native(arrays[argument])
         name, of = problem.bundles[argument]
         parts = (None if n in work.absent else twin.native(arrays[n]) for n in of)
         return kernel.beside[name](*parts)

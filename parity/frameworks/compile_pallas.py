@@ -119,9 +119,9 @@ def _has_launchers(kernel: Kernel) -> bool:
 
 
 def _argument(kernel: Kernel, described: Any) -> Any:
-    """An array, or a bundle of some."""
-    if isinstance(described, list):
-        return _struct(described)
+    """An array, None, or a bundle of some."""
+    if described is None or isinstance(described, list):
+        return described and _struct(described)
     parts = (None if d is None else _struct(d) for d in described["of"])
     return kernel.beside[described["bundle"]](*parts)
 

@@ -94,9 +94,9 @@ def _call(
 
 
 def _argument(kernel: Kernel, described: Any) -> Any:
-    """An array, or a bundle of some."""
-    if isinstance(described, list):
-        return _meta(described)
+    """An array, None, or a bundle of some."""
+    if described is None or isinstance(described, list):
+        return described and _meta(described)
     parts = (None if d is None else _meta(d) for d in described["of"])
     return kernel.beside[described["bundle"]](*parts)
 
