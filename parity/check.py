@@ -321,7 +321,7 @@ def _compared(
     verdicts = []
     for i, (name, spec) in enumerate(specs.items()):
         star = next(v.yardstick for v in rows[0].verdicts if v.output == name)
-        bound = limit(problem.family, spec.dtype, star, problem.reduction(work, name))
+        bound = limit(problem.family, spec, star, problem.reduction(work, name))
         verdicts.append(judge_twins(name, first[i], second[i], truth[i], star, spec, bound))
         if i == 0:
             ulp = ulp_histogram(first[0], second[0])

@@ -287,7 +287,7 @@ class _Section:
         specs = self.problem.results(work, f["which"])
         output = f["output"] if f["output"] in specs else next(iter(specs))
         terms = self.problem.reduction(work, output)
-        allowed = judge.limit(self.problem.family, specs[output].dtype, yardstick, terms)
+        allowed = judge.limit(self.problem.family, specs[output], yardstick, terms)
         return Error(f["impl"], error / yardstick, allowed / yardstick, f["ok"], says)
 
     @property

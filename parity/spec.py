@@ -182,11 +182,12 @@ Descriptor = Normal | Uniform | Integers | Keep | Routing | Given
 @dataclass(frozen=True)
 class Array:
     """Shape and dtype of an output or a gradient; exact: one answer is right, every bit of it, as
-    with whole numbers of any dtype."""
+    with whole numbers of any dtype; of: float32 numbers are sums of products of this dtype."""
 
     shape: tuple[int, ...]
     dtype: str
     exact: bool = False
+    of: str = ""
 
 
 @dataclass(frozen=True)

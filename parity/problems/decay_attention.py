@@ -117,7 +117,7 @@ def cotangents(work: Workload) -> dict:
 def grads(work: Workload) -> dict[str, Array]:
     found = inputs(work)
     del found["cu_seqlens"]
-    return {"d" + name: Array(d.shape, d.dtype) for name, d in found.items()}
+    return {"d" + name: Array(d.shape, d.dtype, of=work.dtype) for name, d in found.items()}
 
 
 # The oracle: all heads of a chunk at once, [Hq, H / Hq, tokens, ...].
