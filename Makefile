@@ -68,7 +68,7 @@ lint: venv
 	@.venv/bin/pyright --pythonpath .venv/bin/python $(ARGS)
 
 docs: venv
-	@PYTHONPATH=docs .venv/bin/python -c 'import picture, reading, tried, decoding as d; [m.main() for m in (picture, reading, tried, d)]'
+	@PYTHONPATH=docs .venv/bin/python -c 'import picture, reading, tried, accuracy, decoding as d; [m.main() for m in (picture, reading, tried, accuracy, d)]'
 	@.venv/bin/python -m puzzles.pictures
 	@.venv/bin/parity report --readme $(ARGS)
 

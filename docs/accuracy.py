@@ -2,13 +2,14 @@
 product, and what a random rotation gives back.
 
     make docs                             renders what is recorded in docs/accuracy.jsonl
-    .venv/bin/python docs/accuracy.py     computes the rows again: some 40 s on one core
+    .venv/bin/python docs/accuracy.py     computes the rows again: a minute on one core
 
 No GPU takes part, and nothing is timed. Codes and scales are parity.formats', which are bit for bit
 those of the kernels; products and errors are float64. Rows are rounded to four digits, where
 another machine's order of summation does not show.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -187,12 +188,14 @@ def _formats() -> Iterator[Format]:
         yield Format(name, "row", int4(None, symmetric))
         yield from (Format(name, f"group of {g}", int4(g, symmetric)) for g in (256, 128, 64, 32))
     yield from (Format("NF4", f"block of {b}", nf4(b)) for b in (256, 128, 64, 32))
+    rows, blocks = formats.fp8_quantize_rows, formats.fp8_quantize_blocks
     for fmt in (formats.E4M3, formats.E5M2):
         yield Format(fmt.name, "tensor", small_float(fmt, None))
         yield Format(fmt.name, "row", small_float(fmt, K))
-    rows, blocks = formats.fp8_quantize_rows, formats.fp8_quantize_blocks
-    yield Format("e4m3", "1 x 128", fp8(rows), fp8(blocks))
-    yield Format("e4m3, scale 2^e", "1 x 128", fp8(rows, ue8m0=True), fp8(blocks, ue8m0=True))
+        if fmt is formats.E4M3:  # weights have one scale for 128 x 128
+            yield Format("e4m3", "1 x 128", fp8(rows), fp8(blocks))
+            both = fp8(rows, ue8m0=True), fp8(blocks, ue8m0=True)
+            yield Format("e4m3, scale 2^e", "1 x 128", *both)
     for name, fmt in (("MXFP8 e4m3", "e4m3"), ("MXFP8 e5m2", "e5m2"), ("MXFP4", "e2m1")):
         for mode in ("floor", "rceil", "even"):
             yield Format(f"{name}, {mode}", "group of 32", mx(fmt, mode))
@@ -201,15 +204,21 @@ def _formats() -> Iterator[Format]:
 FORMATS = {fmt.key: fmt for fmt in _formats()}
 
 
+@functools.cache
 def drawn(data: str) -> tuple[np.ndarray, np.ndarray]:
     """x [M, K] and w [N, K], bfloat16: the same at every call."""
     rng = np.random.default_rng(list(DATA).index(data))
     x, w = rng.standard_normal((M, K)), rng.standard_normal((N, K))
-    if data == "outliers":  # the same channels for all tokens, as in language models
-        x[:, rng.choice(K, OUTLIERS, replace=False)] *= LOUD
+    if data == "outliers":
+        x[:, loud_channels()] *= LOUD
     if data == "fa3":
         x, w = lone(rng, x), lone(rng, w)
     return x.astype(F32).astype(BF16), w.astype(F32).astype(BF16)
+
+
+def loud_channels() -> np.ndarray:
+    """The same for all tokens, as in language models."""
+    return np.random.default_rng(7).choice(K, OUTLIERS, replace=False)
 
 
 def lone(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
@@ -218,11 +227,19 @@ def lone(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
 
 
 def rotated(x: np.ndarray, n: int = ROTATED) -> np.ndarray:
-    """hadamard_rotate of every n neighbours, always with the same signs."""
+    """hadamard_rotate of every n neighbours, always with the same signs, rounded to bfloat16."""
+    return _rotation(x, n, inverse=False).astype(F32).astype(BF16)
+
+
+def rotated_back(x: np.ndarray, n: int = ROTATED) -> np.ndarray:
+    return _rotation(x, n, inverse=True)
+
+
+def _rotation(x: np.ndarray, n: int, inverse: bool) -> np.ndarray:
     signs = np.where(np.random.default_rng(n).random(n) < 0.5, -1, 1).astype(np.int8)
-    work = Workload("", {"R": x.size // n, "n": n}, "bfloat16", ())
+    work = Workload("", {"R": x.size // n, "n": n}, "bfloat16", (), {"inverse": inverse})
     (y,) = hadamard.oracle(Arithmetic.truth(np), work, x.reshape(-1, n), signs)
-    return y.reshape(x.shape).astype(F32).astype(BF16)
+    return y.reshape(x.shape)
 
 
 def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -242,7 +259,8 @@ def decibels(error: float) -> float:
 
 def measured(data: str, fmt: Format) -> dict[str, Any]:
     """One row: a format on one kind of data."""
-    (x, w), truth = drawn(data), product(*drawn(data))
+    x, w = drawn(data)
+    truth = product(x, w)
     xq, stored = fmt.of_x(x)
     wq, _ = fmt.weights(w)
     return {
@@ -273,6 +291,21 @@ def measured_rotation(data: str, fmt: Format) -> dict[str, Any]:
     }
 
 
+def measured_quiet(fmt: Format) -> dict[str, Any]:
+    """One row: what is left of the channels that are not loud, as they are and rotated."""
+    x, _ = drawn("outliers")
+    quiet = np.delete(np.arange(K), loud_channels())
+    back = rotated_back(fmt.of_x(rotated(x))[0])
+    return {
+        "study": "quiet",
+        "data": "outliers",
+        "format": fmt.name,
+        "shared": fmt.shared,
+        "plain_db": digits(decibels(distance(fmt.of_x(x)[0][:, quiet], x[:, quiet]))),
+        "rotated_db": digits(decibels(distance(back[:, quiet], x[:, quiet]))),
+    }
+
+
 ATTENTION = {
     ("e4m3", "tensor"): small_float(formats.E4M3, None),
     ("e4m3", "128 tokens"): small_float(formats.E4M3, 128 * D),
@@ -285,18 +318,18 @@ def measured_attention(fmt: tuple[str, str]) -> dict[str, Any]:
     """One row: q and k in the format, as they are and rotated, v in e4m3 with one scale."""
     rng, kept = np.random.default_rng(99), ATTENTION[fmt]
     of_v = ATTENTION["e4m3", "tensor"]
-    squares: dict[str, list[float]] = {"plain": [], "rotated": [], "logits": [], "rotated_logits": []}
+    squares: dict[str, list[float]] = {}
     for _ in range(DRAWS):
         q, k, v = (lone(rng, rng.standard_normal((T, D))).astype(F32).astype(BF16) for _ in "qkv")
         logits = product(q, k) / np.sqrt(D)
         truth = attended(logits, v)
-        for name, to in (("plain", lambda x: x), ("rotated", lambda x: rotated(x, D))):
-            found = product(kept(to(q))[0], kept(to(k))[0]) / np.sqrt(D)
-            which = "logits" if name == "plain" else "rotated_logits"
-            squares[which].append(np.mean((found - logits) ** 2))
-            squares[name].append(np.mean((attended(found, of_v(v)[0]) - truth) ** 2))
-    means = {name: digits(np.sqrt(np.mean(of))) for name, of in squares.items()}
-    return {"study": "attention", "data": "fa3", "format": fmt[0], "shared": fmt[1]} | means
+        for name, (a, b) in {"plain": (q, k), "rotated": (rotated(q, D), rotated(k, D))}.items():
+            found = product(kept(a)[0], kept(b)[0]) / np.sqrt(D)
+            off = {name: attended(found, of_v(v)[0]) - truth, f"{name}_logits": found - logits}
+            for what, error in off.items():
+                squares.setdefault(what, []).append(np.mean(error**2))
+    rms = {what: digits(np.sqrt(np.mean(of))) for what, of in squares.items()}
+    return {"study": "attention", "data": "fa3", "format": fmt[0], "shared": fmt[1]} | rms
 
 
 def attended(logits: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -304,13 +337,333 @@ def attended(logits: np.ndarray, v: np.ndarray) -> np.ndarray:
     return p / p.sum(axis=1, keepdims=True) @ v.astype(np.float64)
 
 
+def recorded() -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    """(study, data, format, what has one scale) -> the row."""
+    rows = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    return {(r["study"], r["data"], r["format"], r["shared"]): r for r in rows}
+
+
 def digits(x: Any) -> float:
-    return float(f"{x:.4g}")
+    return float(f"{x:.4g}") + 0.0  # no -0
 
 
 def measure() -> None:
     """Writes all rows."""
     found = [measured(data, fmt) for data in DATA for fmt in FORMATS.values()]
     found += [measured_rotation(data, FORMATS[fmt, of]) for data, fmt, of in PREDICTED]
+    found += [measured_quiet(FORMATS[fmt]) for fmt in PREDICTED_QUIET]
     found += [measured_attention(fmt) for fmt in PREDICTED_ATTENTION]
     RECORDS.write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+# The page.
+
+MARKS = {"gaussian": ("o", "triton"), "outliers": ("^", "pallas"), "fa3": ("s", "peer")}
+SMALL = 7.4
+MISSED = 0.15  # a prediction further off than this is named
+
+
+def main() -> None:
+    book = Accuracy()
+    PAGE.write_text(book.text())
+    for name, picture in book.pictures.items():
+        PICTURES[name].write_text(picture.standing_alone())
+
+
+class Accuracy:
+    """The page, from the rows that are recorded."""
+
+    def __init__(self) -> None:
+        self.rows = recorded()
+        self.pictures = {"formats": self.dots(), "rotation": self.arrows()}
+
+    def of(self, study: str, data: str, name: str, shared: str) -> dict[str, Any]:
+        return self.rows[study, data, name, shared]
+
+    def text(self) -> str:
+        blocks = ["# What a number format loses", *self.opening()]
+        blocks += ["## The tensor", *self.tensors(), "## The product", *self.products()]
+        blocks += ["## What a rotation gives back", *self.rotation()]
+        blocks += ["## Quiet channels", *self.quiet(), "## Attention", *self.attention()]
+        return "\n\n".join(b if b[0] in "#|!" else filled(b) for b in blocks) + "\n"
+
+    def opening(self) -> Iterator[str]:
+        yield (
+            "A quantizer trades accuracy for bytes. These tables say how much, for every format "
+            "that [`parity.formats`](../parity/formats/__init__.py) has and three kinds of data "
+            "(`fp8_quantize_cols` is 1 x 128 along the other axis). "
+            "They were computed on a CPU by [`docs/accuracy.py`](accuracy.py): no GPU took part "
+            "and nothing was timed. Codes and scales are those that the kernels make, bit for bit; "
+            "products and errors are float64. `make docs` renders the recorded rows."
+        )
+        yield (
+            f"x is [{M}, {K}], w [{N}, {K}], both bfloat16. *Gaussian*: all numbers from N(0, 1). "
+            f"*Outlier channels*: {OUTLIERS} of the {K} columns of x are {LOUD:.0f} times louder "
+            "for every token, as a few channels of a language model are; w is Gaussian. "
+            "*FlashAttention-3*: N(0, 1) + N(0, 100) * Bernoulli(0.001) in x and w, which is its "
+            "paper's: one number in a thousand is large, anywhere."
+        )
+
+    def tensors(self) -> Iterator[str]:
+        fine, gauss = self.of("format", "gaussian", "int8", "row"), "gaussian"
+        e4m3, e5m2 = (self.of("format", gauss, name, "row") for name in ("e4m3", "e5m2"))
+        yield (
+            "SQNR is the energy of x over the energy of what is wrong in it, in dB: 6 dB for each "
+            "bit that is right. On Gaussian data a whole number spends its bits better than a "
+            f"float of the same size: int8 keeps {fine['sqnr_db']:.0f} dB a row, e4m3 "
+            f"{e4m3['sqnr_db']:.0f}, e5m2 {e5m2['sqnr_db']:.0f}. A float's share of the error is "
+            "the same for small numbers and large ones, so that it hardly minds what shares its "
+            "scale. A whole number's step is set by the largest of its group: one loud neighbour "
+            "makes it coarse for all. Groups help whole numbers because fewer share a neighbour."
+        )
+        yield (
+            "*Bits* counts codes, scales and zero points. The least error for the bits at four of "
+            "them is NF4's on Gaussian data, whose quantiles it holds; zero points are worth about "
+            "as much as halving the group. A float whose scale is any number stores the largest of "
+            "its block exactly: with outlier channels that is most of the energy, which is why "
+            "e4m3 by 1 x 128 stands out there and loses it with a power of two as its scale."
+        )
+        yield table(
+            ["format", "one scale for", "bits", *(f"{name}, dB" for name in DATA.values())],
+            [
+                [*key, f"{self.of('format', gauss, *key)['bits']:.3f}"]
+                + [f"{self.of('format', data, *key)['sqnr_db']:.1f}" for data in DATA]
+                for key in FORMATS
+            ],
+        )
+        yield self.shown("formats")
+
+    def products(self) -> Iterator[str]:
+        worst = self.of("format", "fa3", "int4", "row")
+        kept = self.of("format", "fa3", "int4", "group of 32")
+        yield (
+            "The error of x @ w^T is the length of the difference over the length of the truth. "
+            "Errors of different numbers do not know of each other, so the sum over K averages "
+            "neither signal nor error away: the product is about as wrong as its operands, and "
+            "with both in the format by the square root of the sum of squares. *Weights* leaves "
+            "x as it is, as int4_matmul does. Groups matter most where the data are rough: int4 "
+            f"on FlashAttention-3's data is {percent(worst['weights'])} % wrong with a scale for "
+            f"each row and {percent(kept['weights'])} % with one for each 32."
+        )
+        yield table(
+            ["format", "one scale for"]
+            + [f"weights, {name}, %" for name in DATA.values()]
+            + [f"both, {name}, %" for name in DATA.values()],
+            [
+                [*key]
+                + [
+                    percent(self.of("format", data, *key)[what])
+                    for what in ("weights", "both")
+                    for data in DATA
+                ]
+                for key in FORMATS
+            ],
+        )
+
+    def rotation(self) -> Iterator[str]:
+        yield (
+            f"`hadamard_rotate` replaces each {ROTATED} neighbours by as many sums of all of them, "
+            "with signs. Nothing is lost: the matrix is orthogonal, so that rotating x and w alike "
+            "leaves every product as it was. But a number that was loud alone is now a little in "
+            "all of its neighbours, and the largest of a group comes down to about what it would "
+            "be among Gaussian numbers. A whole number's step comes down with it."
+        )
+        gains = {key: self.gain(*key) for key in PREDICTED}
+        of_floats = [gain for key, gain in gains.items() if key[1] == "e4m3"]
+        yield (
+            "A float has nothing to gain: its error is a share of each number, whoever is beside "
+            "it, and a share of all the energy is the same before and after. Over the rows of e4m3 "
+            f"below the gain is {max(of_floats):.2f} at best and {min(of_floats):.2f} at worst. "
+            "So in a linear layer: rotate what is stored in int8 or int4, and leave fp8 as it is. "
+            "Attention, below, is another matter."
+        )
+        missed = [key for key, gain in gains.items() if abs(gain / PREDICTED[key] - 1) > MISSED]
+        yield (
+            "*Predicted* was written down before any row was computed, from the size of a step "
+            "over the square root of 12; *gain* is the error before over the error after, with x "
+            f"and w both in the format. {len(gains) - len(missed)} of {len(gains)} came within "
+            f"{100 * MISSED:.0f} %. Not so "
+            + ", ".join(f"{' '.join(key[1:])} on {DATA[key[0]]}" for key in missed)
+            + ": a lone loud number is the largest of its block, which a float with a free scale "
+            "stores exactly, until the rotation mixes it into its neighbours. What int8 loses on "
+            "Gaussian data is the rounding of the rotated x to bfloat16."
+        )
+        yield table(
+            ["data", "format", "one scale for", "before, %", "after, %", "gain", "predicted"],
+            [
+                [
+                    DATA[key[0]],
+                    *key[1:],
+                    percent(self.of("rotation", *key)["plain"]),
+                    percent(self.of("rotation", *key)["rotated"]),
+                    f"{self.gain(*key):.2f}",
+                    f"{predicted:.2f}",
+                ]
+                for key, predicted in PREDICTED.items()
+            ],
+        )
+        yield self.shown("rotation")
+
+    def gain(self, data: str, name: str, shared: str, *, study: str = "rotation") -> float:
+        row = self.of(study, data, name, shared)
+        return row["plain"] / row["rotated"]
+
+    def quiet(self) -> Iterator[str]:
+        row = self.of("quiet", "outliers", "int8", "row")
+        yield (
+            "With outlier channels nearly all the energy of x is loud, and an error measured "
+            "against it says nothing of the rest. Here is what is left of the quiet channels alone "
+            "(for the rotated x after the way back): int8 by row keeps "
+            f"{row['plain_db']:.0f} dB of them, not even two bits, and {row['rotated_db']:.0f} dB "
+            "rotated. For e4m3 it is the other way round: a float keeps quiet numbers as well as "
+            "loud ones until the rotation mixes them, and its error is then a share of the loud."
+        )
+        yield table(
+            ["format", "one scale for", "before, dB", "predicted", "after, dB", "predicted"],
+            [
+                [
+                    *key,
+                    f"{self.of('quiet', 'outliers', *key)['plain_db']:.1f}",
+                    f"{before:.1f}",
+                    f"{self.of('quiet', 'outliers', *key)['rotated_db']:.1f}",
+                    f"{after:.1f}",
+                ]
+                for key, (before, after) in PREDICTED_QUIET.items()
+            ],
+        )
+
+    def attention(self) -> Iterator[str]:
+        tensor = self.gain("fa3", "e4m3", "tensor", study="attention")
+        yield (
+            f"FlashAttention-3's own experiment: {T} tokens, a head of {D}, q, k and v with its "
+            "distribution; q and k in the format, v in e4m3 with one scale, p exact. Its paper has "
+            "2.6 times less error in e4m3 from block scales and rotation together. Here the "
+            f"rotation alone gives {tensor:.1f} to e4m3 with one scale, although the error of the "
+            "logits stays what it was: softmax turns a large logit's error into a large error of "
+            "the output, and the rotation takes errors from the large logits to all of them."
+        )
+        yield (
+            f"The figures are root mean squares over {DRAWS} draws; those of the output include "
+            "what v loses, which no rotation of q and k changes, and which the prediction for int8 "
+            "had left out. The one for e4m3 with one scale was known from an earlier replication."
+        )
+        steps = ("plain_logits", "rotated_logits", "plain", "rotated")
+        yield table(
+            "format,one scale for,logits before,after,output before,after,gain,predicted".split(
+                ","
+            ),
+            [
+                [
+                    *key,
+                    *(f"{self.of('attention', 'fa3', *key)[step]:.2e}" for step in steps),
+                    f"{self.gain('fa3', *key, study='attention'):.2f}",
+                    f"{predicted:.2f}",
+                ]
+                for key, predicted in PREDICTED_ATTENTION.items()
+            ],
+        )
+
+    def shown(self, name: str) -> str:
+        picture = self.pictures[name]
+        return f"![{picture.title}: {picture.words}]({PICTURES[name].name})"
+
+    def dots(self) -> drawings.Picture:
+        """A line for each format, a mark for each kind of data, at its SQNR."""
+        names = [short(key) for key in FORMATS]
+        places = [(i + 0.5) * STEP for i in range(len(names))]
+        sheet, said = lines("accuracy-formats", names, places), []
+        for y, name, key in zip(places, names, FORMATS, strict=True):
+            found = {data: self.of("format", data, *key)["sqnr_db"] for data in DATA}
+            ends = min(found.values()), max(found.values())
+            sheet.axes.hlines(y, *ends, color=drawings.INK["line"], linewidth=1)
+            for data, db in found.items():
+                mark(sheet, db, y, data, f"{name}, {DATA[data]}: {db:.1f} dB")
+            said.append(f"{name} {' / '.join(f'{db:.0f}' for db in found.values())}")
+        sheet.axes.set_xlim(0, 48)
+        sheet.axes.set_xticks(range(0, 49, 6))
+        sheet.axes.set_xlabel("SQNR of x in dB: six for each right bit", size=SMALL)
+        legend(sheet)
+        title = "What is left of x in each format"
+        return sheet.picture(title, f"dB for {' / '.join(DATA.values())}: {'; '.join(said)}.")
+
+    def arrows(self) -> drawings.Picture:
+        """From the error before the rotation (hollow) to the error after it."""
+        names = [short(key[1:]) for key in PREDICTED]
+        # a gap between one kind of data and the next
+        places = [(i + 0.5 + 0.6 * list(DATA).index(k[0])) * STEP for i, k in enumerate(PREDICTED)]
+        sheet, said = lines("accuracy-rotation", names, places), []
+        for y, name, key in zip(places, names, PREDICTED, strict=True):
+            row = self.of("rotation", *key)
+            before, after = 100 * row["plain"], 100 * row["rotated"]
+            ink = drawings.INK[MARKS[key[0]][1]]
+            sheet.axes.plot([before, after], [y, y], color=ink, linewidth=1.2)
+            tip = f"{name}, {DATA[key[0]]}: {before:.3g} % before, {after:.3g} % after"
+            mark(sheet, before, y, key[0], tip, hollow=True)
+            mark(sheet, after, y, key[0], tip)
+            said.append(f"{DATA[key[0]]} {name} from {before:.2g} to {after:.2g}")
+        sheet.axes.set_xscale("log")
+        ticks = (1, 2, 5, 10, 20, 50, 100)
+        sheet.axes.set_xticks(ticks, [str(t) for t in ticks])
+        sheet.axes.minorticks_off()
+        sheet.axes.set_xlabel("error of x @ w^T in %, both in the format", size=SMALL)
+        legend(sheet, "; hollow: before the rotation")
+        return sheet.picture("What a rotation does to the error", f"In %: {'; '.join(said)}.")
+
+
+STEP = 10.5  # points from one line of a picture to the next
+
+
+def lines(name: str, labels: list[str], places: list[float]) -> drawings.Sheet:
+    """A sheet with a line for each label at its place, in points from the top."""
+    height = places[-1] + STEP / 2
+    sheet = drawings.Sheet(name, height, left=122, right=10, top=26, bottom=30)
+    sheet.axes.set_ylim(height, 0)
+    sheet.axes.set_yticks(places, labels)
+    sheet.axes.tick_params(axis="both", labelsize=SMALL)
+    sheet.axes.xaxis.label.set_color(drawings.INK["ink"])
+    sheet.axes.grid(axis="x", color=drawings.INK["line"], linewidth=0.5)
+    sheet.axes.set_axisbelow(True)
+    return sheet
+
+
+def mark(
+    sheet: drawings.Sheet, x: float, y: float, data: str, tip: str, *, hollow: bool = False
+) -> None:
+    shape, role = MARKS[data]
+    (point,) = sheet.axes.plot(
+        [x], [y], marker=shape, markersize=4.2, clip_on=False, zorder=3,
+        color=drawings.INK["paper" if hollow else role], markeredgecolor=drawings.INK[role],
+    )  # fmt: skip
+    sheet.tip(point, tip)
+
+
+def legend(sheet: drawings.Sheet, more: str = "") -> None:
+    """The three marks and their names above the axes."""
+    x, words = -0.53, [*DATA.values()]
+    words[-1] += more
+    for data, word in zip(DATA, words, strict=True):
+        shape, role = MARKS[data]
+        top = 1 + 12 / sheet.height
+        sheet.axes.plot(
+            [x], [top], marker=shape, markersize=4.2, clip_on=False, color=drawings.INK[role],
+            transform=sheet.axes.transAxes,
+        )  # fmt: skip
+        sheet.axes.text(
+            x + 0.03, top, word, size=SMALL, va="center", color=drawings.INK["ink"],
+            transform=sheet.axes.transAxes,
+        )  # fmt: skip
+        x += 0.09 + 0.0205 * len(word)
+
+
+def short(key: tuple[str, ...]) -> str:
+    """A format's name in a picture."""
+    return " ".join(key).replace("group of ", "").replace("block of ", "")
+
+
+def percent(error: float) -> str:
+    return f"{100 * error:.3g}"
+
+
+if __name__ == "__main__":
+    measure()
+    main()

@@ -370,6 +370,7 @@ def giga(amount: float) -> str:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     words = ("who", "pass", "twin", "check", "verdict", "best peer", "intervals")
+    words += ("data", "format", "one scale for")
     marks = ["---" if h in words else "--:" for h in headings]
     lines = [headings, marks, *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
