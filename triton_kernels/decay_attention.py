@@ -1,0 +1,617 @@
+"""Decay linear attention over packed sequences, with a state that enters and one that leaves.
+
+    S[t] = exp(g[t]) S[t-1] + exp(i[t]) k[t] v[t]^T        y[t] = scale * q[t]^T S[t]
+    q, k [T, Hq, K]   v [T, H, V]   g [T, H] or [H]   i [T, H]   ->   y [T, H, V], S_T [B, H, K, V]
+
+    for each chunk of a sequence, S being the state before it, b the sums of g within the chunk:
+        W[t, j] = exp(b[t] - b[j] + i[j]) for j <= t, else 0        exponents are masked before exp
+        y = scale * ((q k^T * W) v + e^b * (q S))
+        S = e^(b_n) S + k^T (e^(b_n - b + i) * v)
+
+    Few long sequences are cut into spans of chunks, to fill the GPU: what every span adds to a
+    state; a scan over the spans of a sequence; then the walk above from the state that enters.
+
+Backward, per chunk, from the states S before and dS after it: decay_attention_bwd.py.
+
+exp(i) is a weight u that multiplies: nothing is divided by it, so that an adapter may have u = 0.
+Sums of g never leave their chunk, and exp(-b) is never formed. q k^T * W, the weighted v, and S
+where q multiplies it are rounded to the input dtype; the state stays in float32.
+Nothing depends on what cu_seqlens holds but the work; a state never passes from one sequence to
+another, be it NaN.
+
+Limits: from Ampere up; bfloat16, float16; gates and states float32, gates finite; K and V multiples
+of 16, K at most 256.
+
+Twin: pallas_kernels/decay_attention.py.
+
+Sources: the chunked form of RetNet (arXiv:2307.08621), Mamba-2 (arXiv:2405.21060) and GLA
+(arXiv:2312.06635).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _lib
+from .decay_attention_bwd import backward
+from .decay_attention_states import (
+    decays,
+    entering_states,
+    find_span,
+    inside,
+    most_spans,
+    state_ptr,
+    token_ptr,
+    weights,
+)
+from .linear_scan import linear_scan_check
+
+DTYPES = (torch.bfloat16, torch.float16)
+CHUNKS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and resources of the kernels; beyond the last bits the result ignores them.
+
+    block_v: columns of v of a program, and of a step of the gradients' walk over v.
+    spans: into how many parts time is cut, each of whose sequences is a program's; 1: sequences
+        stay whole and k and v are read just once.
+    heads: of those that share a head of q, how many a program of the gradients adds up.
+    stages: tiles in flight.
+    warps: warps of a program.
+    """
+
+    block_v: int = 64
+    spans: int = 1
+    heads: int = 1
+    stages: int = 2
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.block_v < 16 or self.block_v & (self.block_v - 1):
+            raise ValueError(f"block_v: expected a power of two >= 16, got {self.block_v}")
+        for name in ("spans", "heads", "stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"warps: expected a power of two <= 16, got {self.warps}")
+
+
+def default_config(
+    T: int, H: int, Hq: int, K: int, V: int, B: int, dtype: torch.dtype, which: str = "fwd"
+) -> Config:
+    """The Config for T tokens in B sequences; which: "fwd", "states" or "grads" (of a backward)."""
+    block_v = min(64, _lib.power_of_2(V))
+    if which == "grads":
+        # Heads that share q and k share the product of both, and one sum of their gradients. Four
+        # programs for each multiprocessor are enough.
+        heads = max(1, min(H // Hq, H * _lib.cdiv(T, 64) // (4 * 132)))
+        return Config(block_v, heads=heads, stages=1, warps=8)
+    programs = B * H * _lib.cdiv(V, block_v)
+    if which == "states":
+        programs *= _lib.cdiv(K, 128)
+    # A span more reads k and v once more: only where most multiprocessors would have no program.
+    spans = 1 if programs >= 120 else _lib.cdiv(4 * 132, programs)
+    return Config(block_v, min(spans, max(1, T // 512)), warps=8 if K > 128 else 4)
+
+
+@triton.jit
+def _decay_attention_gates_kernel(
+    g_ptr,  # [T, H] float32: g, or dt with A; None if constant
+    i_ptr,  # [T, H] float32 or None
+    A_ptr,  # [H] float32 or None
+    bias_ptr,  # [H] float32 or None
+    b_ptr,  # [H, T] float32: sums of g within a chunk, in units of log 2; None if constant
+    u_ptr,  # [H, T] float32: exp(i), or the step size; or None
+    cu_ptr,  # [B + 1] int32
+    T, B, H, stride_g, stride_i, low, high,
+    chunk: tl.constexpr, block_h: tl.constexpr, block_b: tl.constexpr, softplus: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    h = tl.program_id(1) * block_h + tl.arange(0, block_h)
+    s, first, end, _, _, _ = find_span(cu_ptr, tl.program_id(0), T, B, chunk, chunk, block_b)
+    if s < 0:
+        return
+    # --- 2. main loop: one tile
+    t = first + tl.arange(0, chunk)
+    exist = (t < end)[:, None] & (h < H)[None, :]
+    row = t.to(tl.int64)[:, None]
+    at = h.to(tl.int64)[None, :] * T + t[:, None]
+    if g_ptr is not None:
+        g = tl.load(g_ptr + row * stride_g + h[None, :], exist, 0.0)  # [chunk, block_h]
+        if A_ptr is not None:
+            u, _ = step_size(g, bias_ptr, h, H, low, high, softplus)
+            g = tl.where(exist, u * tl.load(A_ptr + h, h < H, 0.0)[None, :], 0.0)
+            tl.store(u_ptr + at, u, exist)
+        # --- 3. epilogue
+        b = tl.cumsum(g * 1.4426950408889634, 0)
+        # --- 4. store
+        tl.store(b_ptr + at, b, exist)
+    if i_ptr is not None:
+        i = tl.load(i_ptr + row * stride_i + h[None, :], exist, 0.0)
+        tl.store(u_ptr + at, tl.exp(i), exist)
+
+
+@triton.jit
+def step_size(dt, bias_ptr, h, H, low, high, softplus: tl.constexpr):
+    """(clamp(softplus(dt + bias)), its derivative with respect to dt) of heads h. [t, h]"""
+    if bias_ptr is not None:
+        dt += tl.load(bias_ptr + h, h < H, 0.0)[None, :]
+    slope = tl.full(dt.shape, 1.0, tl.float32)
+    if softplus:
+        z = tl.exp(-tl.abs(dt))
+        slope = tl.where(dt >= 0, 1.0, z) / (1.0 + z)
+        # log(1 + z) = 2 atanh(z / (2 + z)), to the last bits where z is small
+        w = z / (2.0 + z)
+        w2 = w * w
+        series = 1.0 / 9 + w2 * (1.0 / 11 + w2 * (1.0 / 13 + w2 * (1.0 / 15)))
+        series = 1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * series)))
+        dt = tl.maximum(dt, 0.0) + 2.0 * w * series
+    within = (dt >= low) & (dt <= high)
+    limited = tl.where(dt < low, low, tl.where(dt > high, high, dt))  # NaN stays
+    return limited, tl.where(within, slope, 0.0)
+
+
+@triton.jit
+def _decay_attention_fwd_kernel(
+    q_ptr,  # [T, Hq, K]
+    k_ptr,  # [T, Hq, K]
+    v_ptr,  # [T, H, V]
+    b_ptr,  # [H, T] float32, or g [H] if constant
+    u_ptr,  # [H, T] float32 or None
+    D_ptr,  # [H] float32 or None: y += D v
+    cu_ptr,  # [B + 1] int32
+    enters_ptr,  # [spans, H, K, V] float32 or None
+    y_ptr,  # [T, H, V]
+    S_T_ptr,  # [B, H, K, V] float32
+    T, B, span, H, group, scale, stride_q, stride_k, stride_v,
+    stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
+    stride_D: tl.constexpr, stride_Dv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    chunk: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
+    constant: tl.constexpr, transposed: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    num_v: tl.constexpr = (V + block_v - 1) // block_v
+    k = tl.arange(0, block_k)
+    tile = tl.program_id(0)
+    v = tile % num_v * block_v + tl.arange(0, block_v)
+    h = tile // num_v % H
+    p = tile // num_v // H
+    s, first, end, _, ends, _ = find_span(cu_ptr, p, T, B, span, chunk, block_b)
+    if s < 0:
+        return
+    exist = (k < K)[:, None] & (v < V)[None, :]
+    S = tl.zeros((block_k, block_v), tl.float32)
+    if enters_ptr is not None:
+        S = tl.load(state_ptr(enters_ptr, p, h, H, k, v, K, V, transposed), exist, 0.0)
+    lane = tl.arange(0, chunk)
+    causal = lane[:, None] >= lane[None, :]
+
+    # --- 2. main loop
+    for t0 in tl.range(first, end, chunk):
+        t = t0 + lane
+        q_at = token_ptr(q_ptr, stride_q, stride_qh, t, h // group, k)
+        q = tl.load(q_at, inside(t, end, k, K), 0.0)  # [chunk, block_k]
+        k_at = token_ptr(k_ptr, stride_k, stride_kh, t, h // group, k)
+        k_tile = tl.load(k_at, inside(t, end, k, K), 0.0)  # [chunk, block_k]
+        v_at = token_ptr(v_ptr, stride_v, stride_vh, t, h, v)
+        v_tile = tl.load(v_at, inside(t, end, v, V), 0.0)  # [chunk, block_v]
+        b, b_n = decays(b_ptr, h, t, t0, end, T, constant)
+        u = weights(u_ptr, h, t, end, T)
+
+        qk = tl.dot(q, k_tile.T)  # [chunk, chunk]
+        w = tl.exp2(tl.where(causal, b[:, None] - b[None, :], float("-inf")))
+        p_tile = (qk * w * (scale * u)[None, :]).to(v_tile.dtype)
+        acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]
+        acc = tl.dot(p_tile, v_tile, acc)  # [chunk, block_v]
+        a = tl.exp2(b_n - b) * u
+        v_weighted = (v_tile.to(tl.float32) * a[:, None]).to(v_tile.dtype)
+        S = tl.dot(k_tile.T, v_weighted, S * tl.exp2(b_n))
+
+        # --- 3. epilogue
+        if D_ptr is not None:
+            D = tl.load(D_ptr + h * stride_D + v * stride_Dv, v < V, 0.0)
+            acc += D[None, :] * v_tile.to(tl.float32)
+        # --- 4. store
+        y_at = token_ptr(y_ptr, H * V, V, t, h, v)
+        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), inside(t, end, v, V))
+    if ends:
+        tl.store(state_ptr(S_T_ptr, s, h, H, k, v, K, V, transposed), S, exist)
+
+
+@triton.jit
+def _decay_attention_step_kernel(
+    q_ptr,  # [B, Hq, K]
+    k_ptr,  # [B, Hq, K]
+    v_ptr,  # [B, H, V]
+    g_ptr,  # [B, H] float32, or [H] if constant
+    i_ptr,  # [B, H] float32 or None
+    S_ptr,  # [B, H, K, V] float32
+    y_ptr,  # [B, H, V]
+    S_next_ptr,  # [B, H, K, V] float32
+    H, group, scale, stride_q, stride_k, stride_v, stride_g, stride_i,
+    stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr,
+    constant: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    v = tl.program_id(0) * block_v + tl.arange(0, block_v)
+    k = tl.arange(0, block_k)
+    h, s = tl.program_id(1), tl.program_id(2)
+    row = s.to(tl.int64)
+    exist = (k < K)[:, None] & (v < V)[None, :]
+    # --- 2. main loop: one token
+    key = h // group
+    q = tl.load(q_ptr + row * stride_q + key * stride_qh + k, k < K, 0.0).to(tl.float32)
+    k_row = tl.load(k_ptr + row * stride_k + key * stride_kh + k, k < K, 0.0).to(tl.float32)
+    v_row = tl.load(v_ptr + row * stride_v + h * stride_vh + v, v < V, 0.0).to(tl.float32)
+    g = tl.load(g_ptr + h) if constant else tl.load(g_ptr + row * stride_g + h)
+    if i_ptr is not None:
+        v_row *= tl.exp(tl.load(i_ptr + row * stride_i + h))
+    S = tl.load(state_ptr(S_ptr, s, h, H, k, v, K, V), exist, 0.0)
+    S = tl.exp(g) * S + k_row[:, None] * v_row[None, :]
+    # --- 3. epilogue
+    y = scale * tl.sum(q[:, None] * S, 0)
+    # --- 4. store
+    tl.store(y_ptr + (row * H + h) * V + v, y.to(y_ptr.dtype.element_ty), v < V)
+    tl.store(state_ptr(S_next_ptr, s, h, H, k, v, K, V), S, exist)
+
+
+def gates(
+    g: Tensor,
+    i: Tensor | None,
+    cu_seqlens: Tensor,
+    chunk: int,
+    step: tuple[Tensor, Tensor | None, bool, tuple[float, float]] | None = None,
+) -> tuple[tuple[Tensor, bool], Tensor | None]:
+    """((b, False), u): sums of g within chunks and weights, [H, T]; ((g, True), u) of constant g.
+
+    step: (A, bias, softplus, limits): then g holds step sizes dt, g = u A, and u = the step sizes
+    softened, limited.
+    """
+    constant = g.dim() == 1
+    if constant and i is None:
+        return (g.contiguous(), True), None
+    T, H = (g if i is None else i).shape
+    A, bias, softplus, (low, high) = step or (None, None, False, (0.0, 0.0))
+    B = len(cu_seqlens) - 1
+    u = None if step is None and i is None else g.new_empty(H, T)
+    b = g.contiguous() if constant else g.new_empty(H, T)
+    g, i = (None if x is None else _lib.rows_adjacent(x) for x in (None if constant else g, i))
+    _decay_attention_gates_kernel[(most_spans(T, B, chunk), _lib.cdiv(H, 32))](
+        g, i, A, bias, None if constant else b, u, cu_seqlens, T, B, H,
+        0 if g is None else g.stride(0), 0 if i is None else i.stride(0), low, high,
+        chunk, 32, max(16, _lib.power_of_2(B)), softplus, num_warps=4,
+    )  # fmt: skip
+    return (b, constant), u
+
+
+def heads_adjacent(x: Tensor) -> Tensor:
+    """x [T, H, C], copied only if the channels of a head do not lie side by side."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: tuple[Tensor, bool],
+    u: Tensor | None,
+    D: Tensor | None,
+    S0: Tensor | None,
+    cu_seqlens: Tensor,
+    scale: float,
+    chunk: int,
+    config: Config | None,
+    transposed: bool,
+) -> list[Tensor]:
+    """[y, S_T] with decays and weights as gates makes them; D [H] or [H, V]: y += D v. States are
+    [B, H, V, K] if transposed."""
+    (T, Hq, K), (H, V), B = q.shape, v.shape[1:], len(cu_seqlens) - 1
+    y = v.new_empty(T, H, V)
+    S_T = v.new_empty(B, H, *((V, K) if transposed else (K, V)), dtype=torch.float32)
+    tiles = config or default_config(T, H, Hq, K, V, B, v.dtype)
+    span = _lib.cdiv(_lib.cdiv(T, tiles.spans), chunk) * chunk
+    block_k, block_v = _lib.power_of_2(K), min(tiles.block_v, _lib.power_of_2(V))
+    walk = tiles.block_v, tiles.stages, tiles.warps
+    enters = entering_states(
+        k, v, decay, u, cu_seqlens, S0, span, 1.0, chunk, walk, transposed, False
+    )
+    stride_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
+    _decay_attention_fwd_kernel[(most_spans(T, B, span) * H * _lib.cdiv(V, block_v),)](
+        q, k, v, decay[0], u, D, cu_seqlens, enters, y, S_T, T, B, span, H, H // Hq, scale,
+        q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), *stride_D,
+        K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)), decay[1], transposed,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return [y, S_T]
+
+
+def _fake_fwd(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config):
+    T, H, V = v.shape
+    states = len(cu_seqlens) - 1, H, q.shape[2], V
+    return [v.new_empty(T, H, V), v.new_empty(states, dtype=torch.float32)]
+
+
+@_lib.opaque("decay_attention_fwd", _fake_fwd)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    i: Tensor | None,
+    S0: Tensor | None,
+    cu_seqlens: Tensor,
+    scale: float,
+    chunk: int,
+    config: list[int] | None,
+) -> list[Tensor]:
+    """[y, S_T]."""
+    y, S_T = _fake_fwd(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
+    if 0 in q.shape or 0 in v.shape or 0 in S_T.shape:
+        return [y.zero_(), S_T.zero_() if S0 is None else S_T.copy_(S0)]
+    q, k, v = map(heads_adjacent, (q, k, v))
+    S0, cu_seqlens = None if S0 is None else S0.contiguous(), cu_seqlens.contiguous()
+    with _lib.on_device(v):
+        _lib.check_gpu()
+        decay, u = gates(g, i, cu_seqlens, chunk)
+        tiles = Config(*config) if config else None
+        return forward(q, k, v, decay, u, None, S0, cu_seqlens, scale, chunk, tiles, False)
+
+
+def _fake_bwd(q, k, v, g, i, S0, cu_seqlens, dy, dS_T, scale, chunk, config):
+    T, H, V = v.shape
+    states = len(cu_seqlens) - 1, H, q.shape[2], V
+    small = [g.new_empty(g.shape), g.new_empty(T, H), v.new_empty(states, dtype=torch.float32)]
+    return [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *small]
+
+
+@_lib.opaque("decay_attention_bwd", _fake_bwd)
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    i: Tensor | None,
+    S0: Tensor | None,
+    cu_seqlens: Tensor,
+    dy: Tensor,
+    dS_T: Tensor | None,
+    scale: float,
+    chunk: int,
+    config: list[int] | None,
+) -> list[Tensor]:
+    """[dq, dk, dv, dg, di, dS0]."""
+    found = _fake_bwd(q, k, v, g, i, S0, cu_seqlens, dy, dS_T, scale, chunk, config)
+    if 0 in q.shape or 0 in v.shape or len(cu_seqlens) == 1:
+        if dS_T is not None:
+            found[-1].copy_(dS_T)
+        return [x.zero_() for x in found[:-1]] + [
+            found[-1] if dS_T is not None else found[-1].zero_()
+        ]
+    q, k, v, dy = map(heads_adjacent, (q, k, v, dy))
+    S0, dS_T = (None if x is None else x.contiguous() for x in (S0, dS_T))
+    cu_seqlens = cu_seqlens.contiguous()
+    with _lib.on_device(v):
+        _lib.check_gpu()
+        decay, u = gates(g, i, cu_seqlens, chunk)
+        tiles = _bwd_tiles(q, v, cu_seqlens, Config(*config) if config else None)
+        *grads, _ = backward(
+            q, k, v, decay, u, i is not None, None, S0, cu_seqlens, dy, dS_T, scale, chunk,
+            *tiles, False,
+        )  # fmt: skip
+    return grads
+
+
+def _bwd_tiles(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor, config: Config | None
+) -> tuple[Config, Config]:
+    """Configs of a backward: of the states kernel and of the gradients'."""
+    sizes = v.shape[0], v.shape[1], q.shape[1], q.shape[2], v.shape[2], len(cu_seqlens) - 1
+    states, grads = (config or default_config(*sizes, v.dtype, w) for w in ("states", "grads"))
+    return states, grads
+
+
+def _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, Tensor) and x.dtype is torch.float32:
+            raise TypeError(
+                f"{name}: expected dtype bfloat16 or float16, got float32: tensor cores would "
+                "round its mantissa to 10 bits (TF32) without a word"
+            )
+    _lib.check_tensor("q", q, ("T", "Hq", "K"), DTYPES)
+    T, Hq, K = q.shape
+    _lib.check_tensor("k", k, (T, Hq, K), (q.dtype,))
+    _lib.check_tensor("v", v, (T, "H", "V"), (q.dtype,))
+    H, V = v.shape[1:]
+    check_sizes({"q": K, "v": V}, chunk)
+    if H != 0 and (Hq == 0 or H % Hq):
+        raise ValueError(f"v: expected a multiple of the Hq = {Hq} heads of q, got {H}")
+    constant = isinstance(g, Tensor) and g.dim() == 1
+    _lib.check_tensor("g", g, (H,) if constant else (T, H), (torch.float32,))
+    if i is not None:
+        _lib.check_tensor("i", i, (T, H), (torch.float32,))
+    check_cu_seqlens(cu_seqlens)
+    if S0 is not None:
+        _lib.check_tensor("S0", S0, (len(cu_seqlens) - 1, H, K, V), (torch.float32,))
+    _lib.check_same_device(q=q, k=k, v=v, g=g, i=i, S0=S0, cu_seqlens=cu_seqlens)
+    _lib.check_static("scale", scale, (float, int))
+    _lib.check_config(config, Config)
+
+
+def check_sizes(widths: dict[str, int], chunk: int) -> None:
+    """Raises unless the widths of q and of v, by the names of their arguments, and chunk are such
+    as the kernels have tiles for."""
+    for (name, width), most in zip(widths.items(), (256, None), strict=True):
+        if width % 16 or (most and width > most):
+            limit = f", at most {most}" if most else ""
+            raise ValueError(
+                f"{name}: expected a width that is a multiple of 16{limit}, got {width}"
+            )
+    _lib.check_static("chunk", chunk, (int,))
+    if chunk not in CHUNKS:
+        raise ValueError(f"chunk: expected one of {CHUNKS}, got {chunk}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Raises unless cu_seqlens has the form of bounds; it does not look at what they are."""
+    _lib.check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32,))
+    if len(cu_seqlens) == 0:
+        raise ValueError("cu_seqlens: expected shape [B + 1], got [0]")
+
+
+def decay_attention_check(cu_seqlens: Tensor, *, T: int) -> None:
+    """Raises ValueError if cu_seqlens [B + 1] does not grow from 0 to T; it waits for the device.
+
+    The kernels do not: what they then return is not defined, but they stay inside their arrays.
+    """
+    linear_scan_check(cu_seqlens, T=T)
+
+
+def decay_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    i: Tensor | None,
+    S0: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    scale: float = 1.0,
+    chunk: int = 64,
+    config: Config | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """decay_attention and what its backward needs. No gradient flows through this.
+
+    Returns ((y, S_T), (q, k, v, g, i, S0, cu_seqlens)).
+    """
+    _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
+    y, S_T = _forward(q, k, v, g, i, S0, cu_seqlens, float(scale), chunk, _lib.fields(config))
+    return (y, S_T), (q, k, v, g, i, S0, cu_seqlens)
+
+
+def decay_attention_bwd(
+    res: tuple[Tensor | None, ...],
+    dy: Tensor,
+    dS_T: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    chunk: int = 64,
+    config: Config | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients (dq, dk [T, Hq, K], dv [T, H, V] in their dtypes, dg float32 in g's shape), then di
+    [T, H] float32 if there was an i, dS0 [B, H, K, V] float32 if there was an S0.
+
+    res: as decay_attention_fwd returns it. dy [T, H, V], dS_T [B, H, K, V] float32: cotangents of y
+    and S_T; dS_T None is zero. The same inputs give the same bits: all sums have an order that only
+    sizes and config decide.
+    """
+    q, k, v, g, i, S0, cu_seqlens = res
+    _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
+    _lib.check_tensor("dy", dy, tuple(v.shape), (v.dtype,))
+    if dS_T is not None:
+        states = len(cu_seqlens) - 1, v.shape[1], q.shape[2], v.shape[2]
+        _lib.check_tensor("dS_T", dS_T, states, (torch.float32,))
+    _lib.check_same_device(q=q, dy=dy, dS_T=dS_T)
+    *grads, di, dS0 = _backward(*res, dy, dS_T, float(scale), chunk, _lib.fields(config))
+    further = ((i, di), (S0, dS0))
+    return (*grads, *(dx for x, dx in further if x is not None))
+
+
+class _DecayAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, i, S0, cu_seqlens, scale, chunk, config):
+        options = {"scale": scale, "chunk": chunk}
+        out, res = decay_attention_fwd(q, k, v, g, i, S0, cu_seqlens, **options, config=config)
+        ctx.save_for_backward(*res)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dS_T):
+        res = ctx.saved_tensors
+        if dy is None:  # only S_T was used
+            dy = torch.zeros_like(res[2])
+        found = iter(decay_attention_bwd(res, dy, dS_T, **ctx.options))
+        grads = [None if x is None else next(found) for x in res[:6]]
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return *(g if need else None for g, need in needed), None, None, None, None
+
+
+def decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    i: Tensor | None,
+    S0: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    scale: float = 1.0,
+    chunk: int = 64,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y [T, H, V] = scale * q S, and the last states S_T [B, H, K, V]: S is what is left of the
+    state before, S * exp(g), and exp(i) * k v^T. Differentiable once.
+
+    q, k [T, Hq, K], v [T, H, V]: bfloat16 or float16, the same; y has their dtype. Heads
+    h * H / Hq and on of v share head h of q and k. Strided views, as of a fused projection, cost no
+    copy. g [T, H] float32, or [H], the same at all times: logarithms of decays, not above 0. i
+    [T, H] float32: logarithms of what a token weighs; None is zero.
+    B sequences lie one after the other, the tokens of sequence s from cu_seqlens[s] on. cu_seqlens
+    [B + 1] int32, from 0 to T, is read on the device alone: decay_attention_check looks at what it
+    holds. S0 [B, H, K, V] float32: the states before the first tokens; None is zero.
+    chunk: 16, 32, 64 or 128 tokens, cut from the start of each sequence: what products over tokens
+    take at once, so that it decides the rounding. config: tiles of this call; gradients take their
+    own defaults.
+
+    Raises TypeError for dtypes and ValueError for shapes and devices that do not fit, naming the
+    argument; NotImplementedError on a GPU older than Ampere.
+    """
+    return _DecayAttention.apply(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
+
+
+def decay_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    i: Tensor | None,
+    S: Tensor,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One token of each of B sequences: (y [B, H, V] in v's dtype, the next S [B, H, K, V]).
+
+    q, k [B, Hq, K], v [B, H, V], g [B, H] or [H], i [B, H] or None, S [B, H, K, V] float32 as in
+    decay_attention. All in float32 within. No gradient flows through this.
+    """
+    B = v.shape[0] if isinstance(v, Tensor) and v.dim() else 0
+    bounds = torch.empty(B + 1, dtype=torch.int32, device=getattr(v, "device", None))
+    _check(q, k, v, g, i, S, bounds, scale, 64, None)
+    if S is None:
+        raise TypeError("S: expected a torch.Tensor, got NoneType")
+    (_, Hq, K), (H, V) = q.shape, v.shape[1:]
+    y, S_next = v.new_empty(B, H, V), torch.empty_like(S, memory_format=torch.contiguous_format)
+    if 0 in (B, H, K, V):
+        return y, S_next
+    q, k, v = map(heads_adjacent, (q, k, v))
+    g, i = (None if x is None else _lib.rows_adjacent(x) for x in (g, i))
+    block_k = _lib.power_of_2(K)
+    block_v = max(16, min(_lib.power_of_2(V), 8192 // block_k))
+    with _lib.on_device(v):
+        _lib.check_gpu()
+        _decay_attention_step_kernel[(_lib.cdiv(V, block_v), H, B)](
+            q, k, v, g, i, S.contiguous(), y, S_next, H, H // Hq, float(scale),
+            q.stride(0), k.stride(0), v.stride(0), g.stride(0), 0 if i is None else i.stride(0),
+            q.stride(1), k.stride(1), v.stride(1), K, V, block_k, block_v, g.dim() == 1,
+            num_warps=4,
+        )  # fmt: skip
+    return y, S_next

@@ -1,0 +1,267 @@
+"""States of decay attention: where sequences are cut, the walk that leaves states only, the scan.
+
+    span    a part of one sequence, a multiple of `chunk` tokens from the sequence's start on: what
+            one program walks over. A sequence without tokens has one span, without tokens.
+    slot    the number of a chunk among those of all sequences, in order
+
+    states kernel, forwards:     S = e^(b_n) S + k^T (e^(b_n - b) u v)       chunk by chunk
+            against time:        dS = e^(b_n) dS + q^T (scale e^b dy)
+    scan kernel: from what every span adds to a state, and how far it decays one: what enters each
+
+Programs find their span in cu_seqlens by themselves; there are at most T // span + B. Sequence
+bounds are clamped to 0 .. T, so that wrong ones lead to no address outside the arrays.
+
+Twin: pallas_kernels/decay_attention_states.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _lib
+
+
+def most_spans(T: int, B: int, span: int) -> int:
+    """Room for the spans that any B sequences of T tokens in all can have."""
+    return T // span + B
+
+
+@triton.jit
+def find_span(cu_ptr, p, T, B, span, chunk: tl.constexpr, block_b: tl.constexpr):
+    """(sequence, first token, token past the last, whether the sequence begins, whether it ends,
+    slot of the first chunk) of span p; sequence -1 if there is none."""
+    s = tl.arange(0, block_b)
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + s, s < B, 0), 0), T)
+    stop = tl.minimum(tl.maximum(tl.load(cu_ptr + s + 1, s < B, 0), start), T)
+    count = tl.where(s < B, tl.maximum(tl.cdiv(stop - start, span), 1), 0)
+    after = tl.cumsum(count, 0)
+    mine = (p < after) & (p >= after - count)
+    seq = tl.max(tl.where(mine, s, -1), 0)
+    begin = tl.sum(tl.where(mine, start, 0), 0)
+    length = tl.sum(tl.where(mine, stop - start, 0), 0)
+    skipped = (p - tl.sum(tl.where(mine, after - count, 0), 0)) * span
+    slots = tl.where(s < seq, tl.maximum(tl.cdiv(stop - start, chunk), 1), 0)
+    slot = tl.sum(slots, 0) + skipped // chunk
+    end = tl.minimum(skipped + span, length)
+    return seq, begin + skipped, begin + end, skipped == 0, end == length, slot
+
+
+@triton.jit
+def token_ptr(
+    x_ptr, stride_t, stride_h: tl.constexpr, t, h, c
+):  # fmt: skip
+    """Addresses of channels c of head h of tokens t. [t, c]"""
+    return x_ptr + h * stride_h + t.to(tl.int64)[:, None] * stride_t + c[None, :]
+
+
+@triton.jit
+def inside(t, end, c, C: tl.constexpr):
+    """Tokens before `end`, channels below C: a mask that broadcasts to [t, c]."""
+    if (c.shape[0] + C) % c.shape[0] == 0:  # (the interpreter cannot divide by a constexpr)
+        return (t < end)[:, None]
+    else:
+        return (t < end)[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def state_ptr(
+    S_ptr, at, h, H, k, v,
+    K: tl.constexpr, V: tl.constexpr, transposed: tl.constexpr = False,
+):  # fmt: skip
+    """Addresses in states [.., H, K, V], or [.., H, V, K] if transposed. [k, v]"""
+    first = S_ptr + (at.to(tl.int64) * H + h) * (K * V)
+    if transposed:
+        return first + v[None, :] * K + k[:, None]
+    else:
+        return first + k[:, None] * V + v[None, :]
+
+
+@triton.jit
+def decays(b_ptr, h, t, first, end, T, constant: tl.constexpr):
+    """(b, b_n): the logarithms of what decays a state from the start of the chunk at token `first`
+    to after token t, and to after the chunk's last token before `end`, in units of log 2."""
+    last = tl.minimum(first + t.shape[0], end) - 1
+    if constant:
+        g = tl.load(b_ptr + h) * 1.4426950408889634
+        return g * (tl.minimum(t, last) - first + 1), g * (last - first + 1)
+    else:
+        row = b_ptr + h.to(tl.int64) * T
+        return tl.load(row + t, t < end, 0.0), tl.load(row + last)
+
+
+@triton.jit
+def weights(u_ptr, h, t, end, T):
+    """u of tokens t; 1 where none is given."""
+    if u_ptr is None:
+        return tl.full(t.shape, 1.0, tl.float32)
+    else:
+        return tl.load(u_ptr + h.to(tl.int64) * T + t, t < end, 0.0)
+
+
+@triton.jit
+def _decay_attention_states_kernel(
+    x_ptr,  # [T, Hq, K]: k, or q against time
+    y_ptr,  # [T, H, V]: v, or dy against time
+    b_ptr,  # [H, T] float32, or g [H] if constant
+    u_ptr,  # [H, T] float32 or None
+    cu_ptr,  # [B + 1] int32
+    enters_ptr,  # [spans, H, K, V] float32 or None: the state that enters each span
+    each_ptr,  # [slots, H, K, V] or None: the state that enters each chunk
+    leaves_ptr,  # [B, H, K, V] float32 or None, or [spans, ..] with total_ptr: the one that leaves
+    total_ptr,  # [spans, H] float32 or None: the logarithm of the decay over the span
+    T, B, span, H, group, scale, stride_x, stride_y,
+    stride_xh: tl.constexpr, stride_yh: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    chunk: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
+    constant: tl.constexpr, transposed: tl.constexpr, reverse: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    num_k: tl.constexpr = (K + block_k - 1) // block_k
+    num_v: tl.constexpr = (V + block_v - 1) // block_v
+    tile = tl.program_id(0)
+    k = tile % num_k * block_k + tl.arange(0, block_k)
+    v = tile // num_k % num_v * block_v + tl.arange(0, block_v)
+    h = tile // (num_k * num_v) % H
+    p = tile // (num_k * num_v) // H
+    s, first, end, begins, ends, slot = find_span(cu_ptr, p, T, B, span, chunk, block_b)
+    if s < 0:
+        return
+    exist = (k < K)[:, None] & (v < V)[None, :]
+    S = tl.zeros((block_k, block_v), tl.float32)
+    if enters_ptr is not None:
+        S = tl.load(state_ptr(enters_ptr, p, h, H, k, v, K, V, transposed), exist, 0.0)
+    total = 0.0
+
+    # --- 2. main loop
+    chunks = tl.cdiv(end - first, chunk)
+    for c in tl.range(0, chunks):
+        ci = c
+        if reverse:
+            ci = chunks - 1 - c
+        t0 = first + ci * chunk
+        t = t0 + tl.arange(0, chunk)
+        x_at = token_ptr(x_ptr, stride_x, stride_xh, t, h // group, k)
+        x = tl.load(x_at, inside(t, end, k, K), 0.0)  # [chunk, block_k]
+        y_at = token_ptr(y_ptr, stride_y, stride_yh, t, h, v)
+        y = tl.load(y_at, inside(t, end, v, V), 0.0)  # [chunk, block_v]
+        b, b_n = decays(b_ptr, h, t, t0, end, T, constant)
+        if reverse:
+            w = scale * tl.exp2(b)
+        else:
+            w = tl.exp2(b_n - b) * weights(u_ptr, h, t, end, T)
+        if each_ptr is not None:
+            at = state_ptr(each_ptr, slot + ci, h, H, k, v, K, V)
+            tl.store(at, S.to(each_ptr.dtype.element_ty), exist)
+        y = (y.to(tl.float32) * w[:, None]).to(x.dtype)
+        S = tl.dot(x.T, y, S * tl.exp2(b_n))
+        total += b_n
+
+    # --- 3. epilogue
+    if total_ptr is not None:
+        at, leaving = p, True
+        if tile % (num_k * num_v) == 0:
+            tl.store(total_ptr + p.to(tl.int64) * H + h, total)
+    else:
+        at, leaving = s, begins if reverse else ends
+    # --- 4. store
+    if leaves_ptr is not None:
+        if leaving:
+            tl.store(state_ptr(leaves_ptr, at, h, H, k, v, K, V, transposed), S, exist)
+
+
+@triton.jit
+def _decay_attention_scan_kernel(
+    S_ptr,  # [spans, H, K * V] float32: what each span adds to a state; then what enters it
+    total_ptr,  # [spans, H] float32
+    S0_ptr,  # [B, H, K * V] float32 or None
+    cu_ptr,  # [B + 1] int32
+    T, B, span, H, size,
+    block: tl.constexpr, block_b: tl.constexpr, reverse: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    c = tl.program_id(0) * block + tl.arange(0, block)
+    h, s = tl.program_id(1), tl.program_id(2)
+    lane = tl.arange(0, block_b)
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + lane, lane < B, 0), 0), T)
+    stop = tl.minimum(tl.maximum(tl.load(cu_ptr + lane + 1, lane < B, 0), start), T)
+    count = tl.where(lane < B, tl.maximum(tl.cdiv(stop - start, span), 1), 0)
+    p = tl.sum(tl.where(lane < s, count, 0), 0)
+    spans = tl.minimum(tl.sum(tl.where(lane == s, count, 0), 0), T // span + B - p)
+    S = tl.zeros((block,), tl.float32)
+    if S0_ptr is not None:
+        S = tl.load(S0_ptr + (s.to(tl.int64) * H + h) * size + c, c < size, 0.0)
+    # --- 2. main loop
+    for j in tl.range(0, spans):
+        row = p + j
+        if reverse:
+            row = p + spans - 1 - j
+        at = (row.to(tl.int64) * H + h) * size + c
+        added = tl.load(S_ptr + at, c < size, 0.0)
+        total = tl.load(total_ptr + row.to(tl.int64) * H + h)
+        # --- 3. epilogue
+        # --- 4. store
+        tl.store(S_ptr + at, S, c < size)
+        S = tl.exp2(total) * S + added
+
+
+def launch_states(
+    x: Tensor,
+    y: Tensor,
+    decay: tuple[Tensor, bool],
+    u: Tensor | None,
+    cu_seqlens: Tensor,
+    enters: Tensor | None,
+    each: Tensor | None,
+    leaves: Tensor | None,
+    total: Tensor | None,
+    span: int,
+    scale: float,
+    chunk: int,
+    tiles: tuple[int, int, int],
+    transposed: bool,
+    reverse: bool,
+) -> None:
+    """The states kernel over all spans; decay: (b, False) or (g, True); tiles: block_v, stages and
+    warps."""
+    (T, Hq, K), (H, V), B = x.shape, y.shape[1:], len(cu_seqlens) - 1
+    block_v, stages, warps = tiles
+    block_k, block_v = min(128, _lib.power_of_2(K)), min(block_v, _lib.power_of_2(V))
+    grid = most_spans(T, B, span) * H * _lib.cdiv(K, block_k) * _lib.cdiv(V, block_v)
+    _decay_attention_states_kernel[(grid,)](
+        x, y, decay[0], u, cu_seqlens, enters, each, leaves, total, T, B, span, H, H // Hq, scale,
+        x.stride(0), y.stride(0), x.stride(1), y.stride(1), K, V, chunk, block_k, block_v,
+        max(16, _lib.power_of_2(B)), decay[1], transposed, reverse,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def entering_states(
+    x: Tensor,
+    y: Tensor,
+    decay: tuple[Tensor, bool],
+    u: Tensor | None,
+    cu_seqlens: Tensor,
+    initial: Tensor | None,
+    span: int,
+    scale: float,
+    chunk: int,
+    tiles: tuple[int, int, int],
+    transposed: bool,
+    reverse: bool,
+) -> Tensor | None:
+    """The states that enter every span, from those that enter sequences; tiles as above."""
+    (T, _, K), (H, V), B = x.shape, y.shape[1:], len(cu_seqlens) - 1
+    if span >= T:  # a span is a sequence
+        return initial
+    spans = most_spans(T, B, span)
+    S = x.new_empty(spans, H, K * V, dtype=torch.float32)
+    total = x.new_empty(spans, H, dtype=torch.float32)
+    launch_states(
+        x, y, decay, u, cu_seqlens, None, None, S, total, span, scale, chunk, tiles, transposed,
+        reverse,
+    )  # fmt: skip
+    _decay_attention_scan_kernel[(_lib.cdiv(K * V, 1024), H, B)](
+        S, total, initial, cu_seqlens, T, B, span, H, K * V, 1024,
+        max(16, _lib.power_of_2(B)), reverse, num_warps=4,
+    )  # fmt: skip
+    return S
