@@ -40,8 +40,8 @@ CAP = {
     ("scan", "bfloat16"): 1.5e-2,  # gradients of gates; e* is what holds the rest
     ("scan", "float16"): 5e-3,
 }
-# Roundings of 16-bit factors add up to nearly nothing or to several times the usual, as luck has it:
-# the model's error says what is usual only where there are more numbers than this. Of fewer in
+# Roundings of 16-bit factors add up to nearly nothing or to several times the usual, as luck has
+# it: the model's error says what is usual only where there are more numbers than this. Of fewer in
 # float32, which are sums of such products, the cap alone is asked.
 FEW = 64
 # of a number in a dtype of 16 bits, relative to it

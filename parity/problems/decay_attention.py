@@ -325,15 +325,15 @@ def reduction(work: Workload, name: str) -> int:
 # Wrong answers that only this can give: see parity.faults.
 
 
-def _changed(case: Any, arrays: Mapping[str, Any], **more: Any) -> Any:
+def changed(case: Any, arrays: Mapping[str, Any], **more: Any) -> Any:
     arrays = {**case.arrays, **arrays}
     return case.rounded(
         case.problem.oracle_of(case.which)(Arithmetic.model(case.xp), case.work, **arrays, **more)
     )
 
 
-def _with_weights(case: Any, weights: Weights) -> Any:
-    return _changed(case, {}, weights=weights) if case.which == "fwd" else None
+def with_weights(case: Any, weights: Weights) -> Any:
+    return changed(case, {}, weights=weights) if case.which == "fwd" else None
 
 
 def sees_not_itself(case: Any) -> Any:
@@ -342,7 +342,7 @@ def sees_not_itself(case: Any) -> Any:
     def strict(ar: Arithmetic, b: Any, u: Any) -> Any:
         return ar.xp.tril(decays(ar, b, u), k=-1)
 
-    return _with_weights(case, strict)
+    return with_weights(case, strict)
 
 
 def sees_the_next(case: Any) -> Any:
@@ -356,7 +356,7 @@ def sees_the_next(case: Any) -> Any:
         beside = ar.xp.tril(ar.xp.triu(ar.xp.ones((n, n)), k=1), k=1) > 0
         return ar.xp.where(beside, next_one, own)
 
-    return _with_weights(case, loose)
+    return with_weights(case, loose)
 
 
 def weights_as_a_quotient(case: Any) -> Any:
@@ -369,14 +369,14 @@ def weights_as_a_quotient(case: Any) -> Any:
             return ar.xp.tril(ar.xp.exp(b)[..., :, None] * (u * ar.xp.exp(-b))[..., None, :])
 
     with np.errstate(invalid="ignore"):
-        return _with_weights(case, quotient)
+        return with_weights(case, quotient)
 
 
 def gate_off_by_one(case: Any) -> Any:
     """Every token decays by the gate of the token before it."""
     if case.arrays["g"].ndim == 1:
         return None
-    return _changed(case, {"g": case.xp.roll(case.arrays["g"], 1, axis=0)})
+    return changed(case, {"g": case.xp.roll(case.arrays["g"], 1, axis=0)})
 
 
 def state_lost_at_a_chunk(case: Any) -> Any:
@@ -385,26 +385,26 @@ def state_lost_at_a_chunk(case: Any) -> Any:
         return None
     g = case.xp.asarray(case.arrays["g"], copy=True)
     g[70, :] = -1e4
-    return _changed(case, {"g": g})
+    return changed(case, {"g": g})
 
 
 def forgotten_state(case: Any) -> Any:
     """The state that enters counts as zero."""
-    return _changed(case, {"S0": 0 * case.arrays["S0"]}) if "S0" in case.arrays else None
+    name = next((n for n in ("S0", "h0") if n in case.arrays), None)
+    return changed(case, {name: 0 * case.arrays[name]}) if name else None
 
 
 def neighbours_keys(case: Any) -> Any:
     """Heads read the keys of the group beside theirs."""
     if case.arrays["k"].shape[1] == 1:
         return None
-    return _changed(case, {"k": case.xp.roll(case.arrays["k"], 1, axis=1)})
+    return changed(case, {"k": case.xp.roll(case.arrays["k"], 1, axis=1)})
 
 
 def last_state_has_no_gradient(case: Any) -> Any:
     """Whoever differentiates through S_T gets nothing of it."""
-    if case.which != "bwd":
-        return None
-    return _changed(case, {"dS_T": 0 * case.arrays["dS_T"]})
+    name = next((n for n in ("dS_T", "dh_T") if n in case.arrays), None)
+    return changed(case, {name: 0 * case.arrays[name]}) if name else None
 
 
 def scale_ignored(case: Any) -> Any:
@@ -447,9 +447,10 @@ def gates_from_rounded_gradients(case: Any) -> Any:
 
 def empty_sequence_not_written(case: Any) -> Any:
     """The state after a sequence without tokens is never written: it still holds NaN."""
-    name = "S_T" if case.which == "fwd" else "dS0"
+    states = ("S_T", "h_T", "dS0", "dh0")
+    name = next((n for n in states if n in case.specs), None)
     empty = [s for s, rows in sequences(case.arrays["cu_seqlens"]) if rows.start == rows.stop]
-    if name not in case.specs or not empty:
+    if name is None or not empty:
         return None
     at = list(case.specs).index(name)
     state = case.xp.asarray(case.good[at], copy=True)
@@ -457,20 +458,20 @@ def empty_sequence_not_written(case: Any) -> Any:
     return (*case.good[:at], state, *case.good[at + 1 :])
 
 
-FAULTS = {
+OF_STATES = {
     state_leaks: NUMERIC,
     boundary_off_by_one: NUMERIC,
     forgotten_state: NUMERIC,
-    sees_not_itself: NUMERIC,
-    sees_the_next: NUMERIC,
+    last_state_has_no_gradient: NUMERIC,
+    empty_sequence_not_written: ("nonfinite",),
+}
+OF_SCORES = {sees_not_itself: NUMERIC, sees_the_next: NUMERIC, scale_ignored: NUMERIC}
+OF_GATES = {
     weights_as_a_quotient: ("nonfinite",),
     gate_off_by_one: NUMERIC,
     state_lost_at_a_chunk: NUMERIC,
     neighbours_keys: NUMERIC,
-    last_state_has_no_gradient: NUMERIC,
-    scale_ignored: NUMERIC,
     gates_from_rounded_gradients: NUMERIC,
-    empty_sequence_not_written: ("nonfinite",),
 }
 
 PROBLEM = Problem(
@@ -494,6 +495,6 @@ PROBLEM = Problem(
     peers={},
     arguments=ARGUMENTS,
     bwd_options=("scale", "chunk"),
-    faults=FAULTS,
+    faults=OF_STATES | OF_SCORES | OF_GATES,
     glue=("pad", "slice", "copy", "convert_element_type"),
 )
