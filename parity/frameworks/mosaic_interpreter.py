@@ -15,13 +15,16 @@ and `install` adds:
                         it computes
     wgmma_races         the race detector sees what wgmma reads, and that it reads until wgmma_wait
     (several devices)   under shard_map: none checks for left-over barriers before all are done
+    (time)              its callbacks take the arrays that XLA hands them: making jax arrays of them
+                        took longer than most callbacks; and a kernel of several warpgroups is
+                        compiled once, not once by each
 
 The race detector's part matters most: wgmma runs on after the instruction is issued, so a slot of
 shared memory that is released before wgmma_wait is refilled under the tensor core's eyes. Each
 wgmma gets its own entry in a vector clock, which its warpgroup learns by waiting.
 
 `probes` says which of these gaps the stock interpreter of the installed JAX still has (all but the
-one that takes several devices to see).
+one that takes several devices to see, and time).
 """
 
 import contextlib
@@ -47,7 +50,7 @@ from parity.frameworks import DataRace
 
 _ROOT = "jax._src.pallas.mosaic_gpu"
 _PRIVATE = {
-    "callback": ("jax._src.callback", ("io_callback",)),
+    "callback": ("jax._src.callback", ("io_callback", "io_callback_impl")),
     "core": ("jax._src.core", ("DropVar", "Jaxpr", "Literal", "no_effects")),
     "state": ("jax._src.state.types", ("AbstractRef", "ReshapeTransform", "TransformedRef")),
     "stores": ("jax._src.state.primitives", ("swap_p",)),
@@ -87,15 +90,19 @@ _PRIVATE = {
         ),
     ),
     "interpret": (f"{_ROOT}.interpret.jaxpr_interpret", ("JaxprInterpreter", "resolve_ref")),
+    # Imported before anything is traced: it defines a setting of jax, and jit's caches begin anew
+    # when there is one more.
+    "launch": (f"{_ROOT}.interpret.interpret_pallas_call", ("interpret_pallas_call",)),
     "memory": (
         f"{_ROOT}.interpret.shared_memory",
-        ("GPUSharedMemory", "get_memory_space_idx"),
+        ("GPUSharedMemory", "_to_int", "get_memory_space_idx"),
     ),
     "gpu_races": (f"{_ROOT}.interpret.race_detection_state", ("GPURaceDetectionState",)),
     "races": (
         "jax._src.pallas.mosaic.interpret.race_detection_state",
         ("RaceDetectionState",),
     ),
+    "threads": ("jax._src.pallas.mosaic.interpret.thread_map", ("_run", "_run_jaxpr")),
 }
 
 _messages: list[str] = []  # what the race detector has said
@@ -155,6 +162,9 @@ def _stock() -> dict[tuple[Any, str], Any]:
         (J.calls, "copy_smem_to_gmem"): J.calls.copy_smem_to_gmem,
         (J.calls, "wgmma"): J.calls.wgmma,
         (J.calls, "wgmma_accumulator_deref"): J.calls.wgmma_accumulator_deref,
+        (J.callback, "io_callback_impl"): J.callback.io_callback_impl,
+        (J.memory, "_to_int"): J.memory._to_int,
+        (J.threads, "_run_jaxpr"): J.threads._run_jaxpr,
     }
 
 
@@ -170,6 +180,9 @@ def _replacements() -> dict[tuple[Any, str], Any]:
         (J.calls, "copy_smem_to_gmem"): guard(_tma_store),
         (J.calls, "wgmma"): guard(_wgmma),
         (J.calls, "wgmma_accumulator_deref"): guard(_wgmma_accumulator_deref),
+        (J.callback, "io_callback_impl"): _io_callback,
+        (J.memory, "_to_int"): _to_int,
+        (J.threads, "_run_jaxpr"): _run_jaxpr,
     }
 
 
@@ -606,6 +619,50 @@ def _copy_smem_to_gmem(
         return copy(token, *values)
     *rest, predicate = values
     return lax.cond(predicate, lambda t: copy(t, *rest)[0], lambda t: t, token), []
+
+
+# How callbacks and warpgroups are run.
+
+
+@functools.cache
+def _of_the_interpreter(callback: Any) -> bool:
+    """Whether a callback is one of those that carry out what kernels do."""
+    function = callback.callback_func
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function.__module__.startswith((__name__, "jax._src.pallas."))
+
+
+def _io_callback(*args: Any, callback: Any, **params: Any) -> Any:
+    """The interpreter's callbacks read numbers and copy arrays: NumPy's are as good as jax's."""
+    if not _of_the_interpreter(callback):
+        stock = _stock()[_jax().callback, "io_callback_impl"]
+        return stock(*args, callback=callback, **params)
+    return [np.asarray(x) for x in callback(*args)]
+
+
+def _to_int(x: Any) -> Any:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return int(x)
+    return _stock()[_jax().memory, "_to_int"](x)
+
+
+_compiling = threading.Lock()
+
+
+@functools.lru_cache(maxsize=64)
+def _one_for_all(jaxpr: Any) -> list:
+    """Holds what the warpgroups of one kernel run, once the first of them has compiled it."""
+    return []
+
+
+def _run_jaxpr(jaxpr: Any, consts: Any, *args: Any) -> None:
+    compiled = _one_for_all(jaxpr)
+    with _compiling:
+        if not compiled:
+            run = jax.jit(_jax().threads._run, static_argnums=0)
+            compiled.append(run.lower(jaxpr, consts, *args).compile())
+    compiled[0](consts, *args)
 
 
 # Callbacks: they run in the host process, on the interpreter's model of memory.
