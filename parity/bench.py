@@ -449,7 +449,8 @@ def _twin_source(impl: str, target: str) -> str:
 
 def versions(facts: Mapping[str, Any]) -> dict[str, str]:
     """Of everything that a time depends on and that is installed."""
-    names = "torch triton jax jaxlib jax-cuda13-plugin numpy liger-kernel nvidia-cublas".split()
+    names = "torch triton jax jaxlib jax-cuda13-plugin numpy nvidia-cublas".split()
+    names += "liger-kernel gemlite conch-triton-kernels".split()
     found = {"python": platform.python_version(), "driver": str(facts.get("driver", ""))}
     for name in names:
         try:

@@ -1,8 +1,10 @@
-"""What a user would call instead of int4_matmul: the same weights in 16 bits, or torch's own W4A16.
+"""What a user would call instead of int4_matmul: the same weights in 16 bits, torch's own W4A16,
+and the Triton kernels of gemlite and conch where they are installed.
 
 Weights are unpacked, rounded or put into the peer's order once, before any call.
 """
 
+import functools
 from typing import Any
 
 from parity import frameworks
@@ -51,6 +53,70 @@ def torch_int4pack(which: str, inputs: Arrays, cotangents: Arrays, options: Opti
 
         forms.append(({"inner_k_tiles": tiles}, lambda call=call: call))
     return _quickest(forms)
+
+
+def gemlite(which: str, inputs: Arrays, cotangents: Arrays, options: Options) -> Call | None:
+    """gemlite's product, which searches its settings in the first call; with codes in words of 32
+    bits, its default, or of 8, which it advises for data centers.
+
+    Where there are zero points it keeps -zero * scale, rounded. It has no backward. The calls are
+    those of gemlite 0.6.0.
+    """
+    if which != "fwd" or frameworks.interpreted():
+        return None
+    try:
+        from gemlite import DType, GemLiteLinear  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    import torch
+
+    group, (code, zero) = options["group"], _codes(inputs, options["group"])
+    x, w_scale, bias = _torch(inputs, "x", "w_scale", "bias")
+    scale = w_scale.T.contiguous() if _prepacked(inputs) else w_scale  # [N, K / G]
+    dtype = DType.BF16 if x.dtype == torch.bfloat16 else DType.FP16
+    (N, K), shift = code.shape, 8 if zero is None else zero.to(x.dtype).contiguous()
+
+    def form(bits: int) -> Call:
+        layer = GemLiteLinear(
+            4, group_size=group, in_features=K, out_features=N,
+            input_dtype=dtype, output_dtype=dtype,
+        )  # fmt: skip
+        layer.pack(code, scale, shift, bias=bias, packing_bitwidth=bits)
+        return lambda: layer(x)
+
+    return _quickest([({"word": bits}, functools.partial(form, bits)) for bits in (32, 8)])
+
+
+def conch(which: str, inputs: Arrays, cotangents: Arrays, options: Options) -> Call | None:
+    """conch's product, on words in GPTQ's order. It has neither a bias nor a backward, and reads
+    whole tiles of 64 by 64, each in one group. The calls are those of conch 1.3.
+    """
+    if which != "fwd" or frameworks.interpreted():
+        return None
+    try:
+        from conch.ops.quantization import gemm  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    import torch
+
+    group, (code, zero) = options["group"], _codes(inputs, options["group"])
+    x, w_scale, bias = _torch(inputs, "x", "w_scale", "bias")
+    N, K = code.shape
+    if N % 64 or K % 64 or group % 64:
+        return None
+    words = torch.zeros((N, K // 8), dtype=torch.int32, device=code.device)
+    for i in range(8):
+        words |= code[:, i::8].to(torch.int32) << 4 * i
+    words = words.T.contiguous()  # [K / 8, N]
+    scale = w_scale if _prepacked(inputs) else w_scale.T.contiguous()  # [K / G, N]
+    zero = None if zero is None else zero.T.contiguous().to(torch.int32)
+    taken_off = 8 if zero is None else 0
+
+    def call() -> Any:
+        y = gemm.mixed_precision_gemm(x, words, scale, zero, 4, taken_off, group)
+        return y if bias is None else y + bias
+
+    return call
 
 
 def _prepacked(inputs: Arrays) -> bool:

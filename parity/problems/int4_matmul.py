@@ -323,6 +323,8 @@ PROBLEM = Problem(
     peers={
         "cublas": "parity.peers.int4:cublas_bf16",
         "int4pack": "parity.peers.int4:torch_int4pack",
+        "gemlite": "parity.peers.int4:gemlite",
+        "conch": "parity.peers.int4:conch",
     },
     bwd_options=("group",),
     further={
