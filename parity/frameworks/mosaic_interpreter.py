@@ -90,9 +90,9 @@ _PRIVATE = {
         ),
     ),
     "interpret": (f"{_ROOT}.interpret.jaxpr_interpret", ("JaxprInterpreter", "resolve_ref")),
-    # Imported before anything is traced: it defines a setting of jax, and jit's caches begin anew
-    # when there is one more.
-    "launch": (f"{_ROOT}.interpret.interpret_pallas_call", ("interpret_pallas_call",)),
+    # The first kernel imports it, and with it comes one more setting of jax, for which jit's caches
+    # begin anew: so it is imported before anything is traced.
+    "launch": ("jax._src.pallas.mosaic.interpret.interpret_pallas_call", ()),
     "memory": (
         f"{_ROOT}.interpret.shared_memory",
         ("GPUSharedMemory", "_to_int", "get_memory_space_idx"),
