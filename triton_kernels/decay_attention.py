@@ -38,10 +38,15 @@ from torch.autograd.function import once_differentiable
 
 from . import _lib
 from .decay_attention_bwd import backward
+from .decay_attention_gates import gates
 from .decay_attention_states import (
+    check_gates,
+    check_states,
+    check_tokens,
     decays,
     entering_states,
     find_span,
+    heads_adjacent,
     inside,
     most_spans,
     state_ptr,
@@ -49,9 +54,6 @@ from .decay_attention_states import (
     weights,
 )
 from .linear_scan import linear_scan_check
-
-DTYPES = (torch.bfloat16, torch.float16)
-CHUNKS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -101,68 +103,11 @@ def default_config(
 
 
 @triton.jit
-def _decay_attention_gates_kernel(
-    g_ptr,  # [T, H] float32: g, or dt with A; None if constant
-    i_ptr,  # [T, H] float32 or None
-    A_ptr,  # [H] float32 or None
-    bias_ptr,  # [H] float32 or None
-    b_ptr,  # [H, T] float32: sums of g within a chunk, in units of log 2; None if constant
-    u_ptr,  # [H, T] float32: exp(i), or the step size; or None
-    cu_ptr,  # [B + 1] int32
-    T, B, H, stride_g, stride_i, low, high,
-    chunk: tl.constexpr, block_h: tl.constexpr, block_b: tl.constexpr, softplus: tl.constexpr,
-):  # fmt: skip
-    # --- 1. which tile
-    h = tl.program_id(1) * block_h + tl.arange(0, block_h)
-    s, first, end, _, _, _ = find_span(cu_ptr, tl.program_id(0), T, B, chunk, chunk, block_b)
-    if s < 0:
-        return
-    # --- 2. main loop: one tile
-    t = first + tl.arange(0, chunk)
-    exist = (t < end)[:, None] & (h < H)[None, :]
-    row = t.to(tl.int64)[:, None]
-    at = h.to(tl.int64)[None, :] * T + t[:, None]
-    if g_ptr is not None:
-        g = tl.load(g_ptr + row * stride_g + h[None, :], exist, 0.0)  # [chunk, block_h]
-        if A_ptr is not None:
-            u, _ = step_size(g, bias_ptr, h, H, low, high, softplus)
-            g = tl.where(exist, u * tl.load(A_ptr + h, h < H, 0.0)[None, :], 0.0)
-            tl.store(u_ptr + at, u, exist)
-        # --- 3. epilogue
-        b = tl.cumsum(g * 1.4426950408889634, 0)
-        # --- 4. store
-        tl.store(b_ptr + at, b, exist)
-    if i_ptr is not None:
-        i = tl.load(i_ptr + row * stride_i + h[None, :], exist, 0.0)
-        tl.store(u_ptr + at, tl.exp(i), exist)
-
-
-@triton.jit
-def step_size(dt, bias_ptr, h, H, low, high, softplus: tl.constexpr):
-    """(clamp(softplus(dt + bias)), its derivative with respect to dt) of heads h. [t, h]"""
-    if bias_ptr is not None:
-        dt += tl.load(bias_ptr + h, h < H, 0.0)[None, :]
-    slope = tl.full(dt.shape, 1.0, tl.float32)
-    if softplus:
-        z = tl.exp(-tl.abs(dt))
-        slope = tl.where(dt >= 0, 1.0, z) / (1.0 + z)
-        # log(1 + z) = 2 atanh(z / (2 + z)), to the last bits where z is small
-        w = z / (2.0 + z)
-        w2 = w * w
-        series = 1.0 / 9 + w2 * (1.0 / 11 + w2 * (1.0 / 13 + w2 * (1.0 / 15)))
-        series = 1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * series)))
-        dt = tl.maximum(dt, 0.0) + 2.0 * w * series
-    within = (dt >= low) & (dt <= high)
-    limited = tl.where(dt < low, low, tl.where(dt > high, high, dt))  # NaN stays
-    return limited, tl.where(within, slope, 0.0)
-
-
-@triton.jit
 def _decay_attention_fwd_kernel(
     q_ptr,  # [T, Hq, K]
     k_ptr,  # [T, Hq, K]
     v_ptr,  # [T, H, V]
-    b_ptr,  # [H, T] float32, or g [H] if constant
+    b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
     u_ptr,  # [H, T] float32 or None
     D_ptr,  # [H] float32 or None: y += D v
     cu_ptr,  # [B + 1] int32
@@ -224,83 +169,11 @@ def _decay_attention_fwd_kernel(
         tl.store(state_ptr(S_T_ptr, s, h, H, k, v, K, V, transposed), S, exist)
 
 
-@triton.jit
-def _decay_attention_step_kernel(
-    q_ptr,  # [B, Hq, K]
-    k_ptr,  # [B, Hq, K]
-    v_ptr,  # [B, H, V]
-    g_ptr,  # [B, H] float32, or [H] if constant
-    i_ptr,  # [B, H] float32 or None
-    S_ptr,  # [B, H, K, V] float32
-    y_ptr,  # [B, H, V]
-    S_next_ptr,  # [B, H, K, V] float32
-    H, group, scale, stride_q, stride_k, stride_v, stride_g, stride_i,
-    stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr,
-    constant: tl.constexpr,
-):  # fmt: skip
-    # --- 1. which tile
-    v = tl.program_id(0) * block_v + tl.arange(0, block_v)
-    k = tl.arange(0, block_k)
-    h, s = tl.program_id(1), tl.program_id(2)
-    row = s.to(tl.int64)
-    exist = (k < K)[:, None] & (v < V)[None, :]
-    # --- 2. main loop: one token
-    key = h // group
-    q = tl.load(q_ptr + row * stride_q + key * stride_qh + k, k < K, 0.0).to(tl.float32)
-    k_row = tl.load(k_ptr + row * stride_k + key * stride_kh + k, k < K, 0.0).to(tl.float32)
-    v_row = tl.load(v_ptr + row * stride_v + h * stride_vh + v, v < V, 0.0).to(tl.float32)
-    g = tl.load(g_ptr + h) if constant else tl.load(g_ptr + row * stride_g + h)
-    if i_ptr is not None:
-        v_row *= tl.exp(tl.load(i_ptr + row * stride_i + h))
-    S = tl.load(state_ptr(S_ptr, s, h, H, k, v, K, V), exist, 0.0)
-    S = tl.exp(g) * S + k_row[:, None] * v_row[None, :]
-    # --- 3. epilogue
-    y = scale * tl.sum(q[:, None] * S, 0)
-    # --- 4. store
-    tl.store(y_ptr + (row * H + h) * V + v, y.to(y_ptr.dtype.element_ty), v < V)
-    tl.store(state_ptr(S_next_ptr, s, h, H, k, v, K, V), S, exist)
-
-
-def gates(
-    g: Tensor,
-    i: Tensor | None,
-    cu_seqlens: Tensor,
-    chunk: int,
-    step: tuple[Tensor, Tensor | None, bool, tuple[float, float]] | None = None,
-) -> tuple[tuple[Tensor, bool], Tensor | None]:
-    """((b, False), u): sums of g within chunks and weights, [H, T]; ((g, True), u) of constant g.
-
-    step: (A, bias, softplus, limits): then g holds step sizes dt, g = u A, and u = the step sizes
-    softened, limited.
-    """
-    constant = g.dim() == 1
-    if constant and i is None:
-        return (g.contiguous(), True), None
-    T, H = (g if i is None else i).shape
-    A, bias, softplus, (low, high) = step or (None, None, False, (0.0, 0.0))
-    B = len(cu_seqlens) - 1
-    u = None if step is None and i is None else g.new_empty(H, T)
-    b = g.contiguous() if constant else g.new_empty(H, T)
-    g, i = (None if x is None else _lib.rows_adjacent(x) for x in (None if constant else g, i))
-    _decay_attention_gates_kernel[(most_spans(T, B, chunk), _lib.cdiv(H, 32))](
-        g, i, A, bias, None if constant else b, u, cu_seqlens, T, B, H,
-        0 if g is None else g.stride(0), 0 if i is None else i.stride(0), low, high,
-        chunk, 32, max(16, _lib.power_of_2(B)), softplus, num_warps=4,
-    )  # fmt: skip
-    return (b, constant), u
-
-
-def heads_adjacent(x: Tensor) -> Tensor:
-    """x [T, H, C], copied only if the channels of a head do not lie side by side."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: tuple[Tensor, bool],
+    decay: tuple[Tensor | None, bool],
     u: Tensor | None,
     D: Tensor | None,
     S0: Tensor | None,
@@ -310,8 +183,8 @@ def forward(
     config: Config | None,
     transposed: bool,
 ) -> list[Tensor]:
-    """[y, S_T] with decays and weights as gates makes them; D [H] or [H, V]: y += D v. States are
-    [B, H, V, K] if transposed."""
+    """[y, S_T] with decays and weights as gates makes them, or decays (None, True): RetNet's. D [H]
+    or [H, V]: y += D v. States are [B, H, V, K] if transposed."""
     (T, Hq, K), (H, V), B = q.shape, v.shape[1:], len(cu_seqlens) - 1
     y = v.new_empty(T, H, V)
     S_T = v.new_empty(B, H, *((V, K) if transposed else (K, V)), dtype=torch.float32)
@@ -400,7 +273,7 @@ def _backward(
     with _lib.on_device(v):
         _lib.check_gpu()
         decay, u = gates(g, i, cu_seqlens, chunk)
-        tiles = _bwd_tiles(q, v, cu_seqlens, Config(*config) if config else None)
+        tiles = bwd_tiles(q, v, cu_seqlens, Config(*config) if config else None)
         *grads, _ = backward(
             q, k, v, decay, u, i is not None, None, S0, cu_seqlens, dy, dS_T, scale, chunk,
             *tiles, False,
@@ -408,7 +281,7 @@ def _backward(
     return grads
 
 
-def _bwd_tiles(
+def bwd_tiles(
     q: Tensor, v: Tensor, cu_seqlens: Tensor, config: Config | None
 ) -> tuple[Config, Config]:
     """Configs of a backward: of the states kernel and of the gradients'."""
@@ -418,51 +291,12 @@ def _bwd_tiles(
 
 
 def _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, Tensor) and x.dtype is torch.float32:
-            raise TypeError(
-                f"{name}: expected dtype bfloat16 or float16, got float32: tensor cores would "
-                "round its mantissa to 10 bits (TF32) without a word"
-            )
-    _lib.check_tensor("q", q, ("T", "Hq", "K"), DTYPES)
-    T, Hq, K = q.shape
-    _lib.check_tensor("k", k, (T, Hq, K), (q.dtype,))
-    _lib.check_tensor("v", v, (T, "H", "V"), (q.dtype,))
-    H, V = v.shape[1:]
-    check_sizes({"q": K, "v": V}, chunk)
-    if H != 0 and (Hq == 0 or H % Hq):
-        raise ValueError(f"v: expected a multiple of the Hq = {Hq} heads of q, got {H}")
-    constant = isinstance(g, Tensor) and g.dim() == 1
-    _lib.check_tensor("g", g, (H,) if constant else (T, H), (torch.float32,))
-    if i is not None:
-        _lib.check_tensor("i", i, (T, H), (torch.float32,))
-    check_cu_seqlens(cu_seqlens)
-    if S0 is not None:
-        _lib.check_tensor("S0", S0, (len(cu_seqlens) - 1, H, K, V), (torch.float32,))
+    check_tokens({"q": q, "k": k, "v": v}, chunk)
+    check_gates(g, i, *v.shape[:2])
+    check_states(q, v, cu_seqlens, S0=S0)
     _lib.check_same_device(q=q, k=k, v=v, g=g, i=i, S0=S0, cu_seqlens=cu_seqlens)
     _lib.check_static("scale", scale, (float, int))
     _lib.check_config(config, Config)
-
-
-def check_sizes(widths: dict[str, int], chunk: int) -> None:
-    """Raises unless the widths of q and of v, by the names of their arguments, and chunk are such
-    as the kernels have tiles for."""
-    for (name, width), most in zip(widths.items(), (256, None), strict=True):
-        if width % 16 or (most and width > most):
-            limit = f", at most {most}" if most else ""
-            raise ValueError(
-                f"{name}: expected a width that is a multiple of 16{limit}, got {width}"
-            )
-    _lib.check_static("chunk", chunk, (int,))
-    if chunk not in CHUNKS:
-        raise ValueError(f"chunk: expected one of {CHUNKS}, got {chunk}")
-
-
-def check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    """Raises unless cu_seqlens has the form of bounds; it does not look at what they are."""
-    _lib.check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32,))
-    if len(cu_seqlens) == 0:
-        raise ValueError("cu_seqlens: expected shape [B + 1], got [0]")
 
 
 def decay_attention_check(cu_seqlens: Tensor, *, T: int) -> None:
@@ -514,9 +348,7 @@ def decay_attention_bwd(
     q, k, v, g, i, S0, cu_seqlens = res
     _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
     _lib.check_tensor("dy", dy, tuple(v.shape), (v.dtype,))
-    if dS_T is not None:
-        states = len(cu_seqlens) - 1, v.shape[1], q.shape[2], v.shape[2]
-        _lib.check_tensor("dS_T", dS_T, states, (torch.float32,))
+    check_states(q, v, cu_seqlens, dS_T=dS_T)
     _lib.check_same_device(q=q, dy=dy, dS_T=dS_T)
     *grads, di, dS0 = _backward(*res, dy, dS_T, float(scale), chunk, _lib.fields(config))
     further = ((i, di), (S0, dS0))
@@ -576,42 +408,3 @@ def decay_attention(
     argument; NotImplementedError on a GPU older than Ampere.
     """
     return _DecayAttention.apply(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
-
-
-def decay_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    i: Tensor | None,
-    S: Tensor,
-    *,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """One token of each of B sequences: (y [B, H, V] in v's dtype, the next S [B, H, K, V]).
-
-    q, k [B, Hq, K], v [B, H, V], g [B, H] or [H], i [B, H] or None, S [B, H, K, V] float32 as in
-    decay_attention. All in float32 within. No gradient flows through this.
-    """
-    B = v.shape[0] if isinstance(v, Tensor) and v.dim() else 0
-    bounds = torch.empty(B + 1, dtype=torch.int32, device=getattr(v, "device", None))
-    _check(q, k, v, g, i, S, bounds, scale, 64, None)
-    if S is None:
-        raise TypeError("S: expected a torch.Tensor, got NoneType")
-    (_, Hq, K), (H, V) = q.shape, v.shape[1:]
-    y, S_next = v.new_empty(B, H, V), torch.empty_like(S, memory_format=torch.contiguous_format)
-    if 0 in (B, H, K, V):
-        return y, S_next
-    q, k, v = map(heads_adjacent, (q, k, v))
-    g, i = (None if x is None else _lib.rows_adjacent(x) for x in (g, i))
-    block_k = _lib.power_of_2(K)
-    block_v = max(16, min(_lib.power_of_2(V), 8192 // block_k))
-    with _lib.on_device(v):
-        _lib.check_gpu()
-        _decay_attention_step_kernel[(_lib.cdiv(V, block_v), H, B)](
-            q, k, v, g, i, S.contiguous(), y, S_next, H, H // Hq, float(scale),
-            q.stride(0), k.stride(0), v.stride(0), g.stride(0), 0 if i is None else i.stride(0),
-            q.stride(1), k.stride(1), v.stride(1), K, V, block_k, block_v, g.dim() == 1,
-            num_warps=4,
-        )  # fmt: skip
-    return y, S_next

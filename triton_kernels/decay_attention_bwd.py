@@ -45,7 +45,7 @@ def _decay_attention_grads_kernel(
     q_ptr,  # [T, Hq, K]
     k_ptr,  # [T, Hq, K]
     v_ptr,  # [T, H, V]
-    b_ptr,  # [H, T] float32, or g [H] if constant
+    b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
     u_ptr,  # [H, T] float32 or None
     D_ptr,  # [H] or [H, V] float32 or None
     cu_ptr,  # [B + 1] int32
@@ -55,7 +55,7 @@ def _decay_attention_grads_kernel(
     dq_ptr,  # [splits, T, Hq, K]
     dk_ptr,  # [splits, T, Hq, K]
     dv_ptr,  # [T, H, V]
-    dg_ptr,  # [T, H] float32, or the sums [slots, H] if constant
+    dg_ptr,  # [T, H] float32; if constant, the sums [slots, H]; None without g
     du_ptr,  # [T, H] float32 or None: of u, or of log u
     dD_ptr,  # [slots, H, V] float32 or None
     T, B, H, Hq, slots, splits, heads, scale, stride_q, stride_k, stride_v, stride_dy,
@@ -74,7 +74,7 @@ def _decay_attention_grads_kernel(
     head1 = tl.minimum(head0 + heads, (hq + 1) * group)
     if (s < 0) | (first == end):  # sums over chunks meet zeros
         for h in tl.range(head0, head1):
-            if constant:
+            if constant and dg_ptr is not None:
                 tl.store(dg_ptr + p.to(tl.int64) * H + h, 0.0)
             if dD_ptr is not None:
                 for v0 in tl.range(0, V, block_v):
@@ -145,11 +145,12 @@ def _decay_attention_grads_kernel(
         total = tl.sum(u * from_state, 0) + tl.exp2(b_n) * tl.sum(both, 0)
         dg = tl.cumsum(db, 0, reverse=True) + total
         # --- 4. store
-        if constant:
-            dg = tl.sum(tl.where(t < end, dg, 0.0), 0)
-            tl.store(dg_ptr + p.to(tl.int64) * H + h, dg)
-        else:
-            tl.store(dg_ptr + row * H + h, dg, t < end)
+        if dg_ptr is not None:
+            if constant:
+                dg = tl.sum(tl.where(t < end, dg, 0.0), 0)
+                tl.store(dg_ptr + p.to(tl.int64) * H + h, dg)
+            else:
+                tl.store(dg_ptr + row * H + h, dg, t < end)
         if du_ptr is not None:
             du += from_state
             if log_u:
@@ -165,7 +166,7 @@ def _decay_attention_grads_kernel(
 def _decay_attention_sum_kernel(
     x_ptr,  # [N, W] float32
     y_ptr,  # [W]: the sum over the rows, in their order
-    N, W, block_n: tl.constexpr, block_w: tl.constexpr,
+    N, W, stride_n, stride_w, block_n: tl.constexpr, block_w: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     w = tl.program_id(0).to(tl.int64) * block_w + tl.arange(0, block_w)
@@ -173,7 +174,7 @@ def _decay_attention_sum_kernel(
     acc = tl.zeros((block_n, block_w), tl.float32)
     # --- 2. main loop
     for n0 in tl.range(0, N, block_n):
-        at = (n0 + n).to(tl.int64)[:, None] * W + w[None, :]
+        at = (n0 + n).to(tl.int64)[:, None] * stride_n + w[None, :] * stride_w
         acc += tl.load(x_ptr + at, (n0 + n < N)[:, None] & (w < W)[None, :], 0.0)
     # --- 3. epilogue
     y = tl.sum(acc, 0)
@@ -182,12 +183,14 @@ def _decay_attention_sum_kernel(
 
 
 def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of x [N, ...] float32 over its first axis, always in the same order."""
-    y = x.new_empty(x.shape[1:], dtype=dtype)
-    N, W = len(x), y.numel()
+    """The sum of x [N, W] float32 over its first axis, always in the same order."""
+    N, W = x.shape
+    y = x.new_empty(W, dtype=dtype)
     block_n = min(64, _lib.power_of_2(N))  # few rows are long ones: a gradient's partial sums
     block_w = 2048 // block_n
-    _decay_attention_sum_kernel[(_lib.cdiv(W, block_w),)](x, y, N, W, block_n, block_w, num_warps=4)
+    _decay_attention_sum_kernel[(_lib.cdiv(W, block_w),)](
+        x, y, N, W, x.stride(0), x.stride(1), block_n, block_w, num_warps=4
+    )
     return y
 
 
@@ -195,7 +198,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: tuple[Tensor, bool],
+    decay: tuple[Tensor | None, bool],
     u: Tensor | None,
     log_u: bool,
     D: Tensor | None,
@@ -211,9 +214,9 @@ def backward(
 ) -> list[Tensor]:
     """[dq, dk, dv, dg, du, dS0, dD]; decay, u and D as forward of decay_attention takes them.
 
-    dg is [H] where it is constant; du [T, H] is the gradient of log u if log_u; without u it means
-    nothing. dD is [H, V], or nothing without D. states, grads: a Config for the walks over states,
-    and one for the rest.
+    dg is [H] where g is constant; du [T, H] is the gradient of log u if log_u. They mean nothing
+    where there is no g, no u. dD is [H, V], None without D. states, grads: a Config for the walks
+    over states, and one for the rest.
     """
     (T, Hq, K), (H, V), B = q.shape, v.shape[1:], len(cu_seqlens) - 1
     slots, constant = most_spans(T, B, chunk), decay[1]
@@ -238,15 +241,18 @@ def backward(
     stride_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     block_v = min(grads.block_v, _lib.power_of_2(V))
     _decay_attention_grads_kernel[(slots * Hq * splits,)](
-        q, k, v, decay[0], u, D, cu_seqlens, dy, *each, dq, dk, dv, dg, None if u is None else du,
+        q, k, v, decay[0], u, D, cu_seqlens, dy, *each, dq, dk, dv,
+        dg if decay[0] is not None else None, None if u is None else du,
         dD, T, B, H, Hq, slots, splits, grads.heads, scale, q.stride(0), k.stride(0), v.stride(0),
         dy.stride(0), q.stride(1), k.stride(1), v.stride(1), dy.stride(1), *stride_D, K, V, chunk,
         _lib.power_of_2(K), block_v, max(16, _lib.power_of_2(B)), constant, log_u,
         num_warps=grads.warps, num_stages=grads.stages,
     )  # fmt: skip
-    dq, dk = (x[0] if splits == 1 else sum_rows(x, q.dtype) for x in (dq, dk))
-    if constant:
+    if splits > 1:
+        dq, dk = (sum_rows(x.view(splits, -1), q.dtype) for x in (dq, dk))
+    dq, dk = dq.view(T, Hq, K), dk.view(T, Hq, K)
+    if constant and decay[0] is not None:
         dg = sum_rows(dg, torch.float32)
     if dD is not None:
-        dD = sum_rows(dD, torch.float32)
+        dD = sum_rows(dD.view(slots, H * V), torch.float32).view(H, V)
     return [dq, dk, dv, dg, du, dS0, dD]

@@ -21,6 +21,62 @@ from torch import Tensor
 
 from . import _lib
 
+DTYPES = (torch.bfloat16, torch.float16)
+CHUNKS = (16, 32, 64, 128)
+
+
+def check_tokens(tokens: dict[str, Tensor], chunk: int) -> None:
+    """Raises unless q, k [T, Hq, K] and v [T, H, V] of one dtype, by the names of their arguments,
+    fit one another and the kernels' tiles."""
+    for name, x in tokens.items():
+        if isinstance(x, Tensor) and x.dtype is torch.float32:
+            raise TypeError(
+                f"{name}: expected dtype bfloat16 or float16, got float32: tensor cores would "
+                "round its mantissa to 10 bits (TF32) without a word"
+            )
+    (q_name, q), (k_name, k), (v_name, v) = tokens.items()
+    _lib.check_tensor(q_name, q, ("T", "Hq", "K"), DTYPES)
+    T, Hq, K = q.shape
+    _lib.check_tensor(k_name, k, (T, Hq, K), (q.dtype,))
+    _lib.check_tensor(v_name, v, (T, "H", "V"), (q.dtype,))
+    H, V = v.shape[1:]
+    if K % 16 or K > 256:
+        raise ValueError(f"{q_name}: expected a width K of 16, 32, .. 256, got {K}")
+    if V % 16:
+        raise ValueError(f"{v_name}: expected a width V that is a multiple of 16, got {V}")
+    if H and (Hq == 0 or H % Hq):
+        raise ValueError(
+            f"{v_name}: expected heads that are a multiple of the {Hq} of {q_name}, got {H}"
+        )
+    _lib.check_static("chunk", chunk, (int,))
+    if chunk not in CHUNKS:
+        raise ValueError(f"chunk: expected one of {CHUNKS}, got {chunk}")
+
+
+def check_gates(g: Tensor, i: Tensor | None, T: int, H: int) -> None:
+    """Raises unless g is [T, H] or [H], and i [T, H] if there is one."""
+    constant = isinstance(g, Tensor) and g.dim() == 1
+    _lib.check_tensor("g", g, (H,) if constant else (T, H), (torch.float32,))
+    if i is not None:
+        _lib.check_tensor("i", i, (T, H), (torch.float32,))
+
+
+def check_states(q: Tensor, v: Tensor, cu_seqlens: Tensor, **states: Tensor | None) -> None:
+    """Raises unless cu_seqlens has the form of bounds, and states [B, H, K, V] fit q and v; it does
+    not look at what the bounds are."""
+    _lib.check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32,))
+    if len(cu_seqlens) == 0:
+        raise ValueError("cu_seqlens: expected shape [B + 1], got [0]")
+    shape = len(cu_seqlens) - 1, v.shape[1], q.shape[2], v.shape[2]
+    for name, S in states.items():
+        if S is not None:
+            _lib.check_tensor(name, S, shape, (torch.float32,))
+
+
+def heads_adjacent(x: Tensor) -> Tensor:
+    """x [T, H, C], copied only if the channels of a head do not lie side by side."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
 
 def most_spans(T: int, B: int, span: int) -> int:
     """Room for the spans that any B sequences of T tokens in all can have."""
@@ -83,7 +139,13 @@ def decays(b_ptr, h, t, first, end, T, constant: tl.constexpr):
     to after token t, and to after the chunk's last token before `end`, in units of log 2."""
     last = tl.minimum(first + t.shape[0], end) - 1
     if constant:
-        g = tl.load(b_ptr + h) * 1.4426950408889634
+        if b_ptr is None:
+            # RetNet's log(1 - x), x = 2^(-5 - h): 1 - x would have few bits of x
+            x = tl.exp2(-5.0 - h)
+            g = 1.0 + x * (1.0 / 2 + x * (1.0 / 3 + x * (1.0 / 4 + x * (1.0 / 5 + x * (1.0 / 6)))))
+            g = -x * g * 1.4426950408889634
+        else:
+            g = tl.load(b_ptr + h) * 1.4426950408889634
         return g * (tl.minimum(t, last) - first + 1), g * (last - first + 1)
     else:
         row = b_ptr + h.to(tl.int64) * T
@@ -103,7 +165,7 @@ def weights(u_ptr, h, t, end, T):
 def _decay_attention_states_kernel(
     x_ptr,  # [T, Hq, K]: k, or q against time
     y_ptr,  # [T, H, V]: v, or dy against time
-    b_ptr,  # [H, T] float32, or g [H] if constant
+    b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
     u_ptr,  # [H, T] float32 or None
     cu_ptr,  # [B + 1] int32
     enters_ptr,  # [spans, H, K, V] float32 or None: the state that enters each span
@@ -207,7 +269,7 @@ def _decay_attention_scan_kernel(
 def launch_states(
     x: Tensor,
     y: Tensor,
-    decay: tuple[Tensor, bool],
+    decay: tuple[Tensor | None, bool],
     u: Tensor | None,
     cu_seqlens: Tensor,
     enters: Tensor | None,
@@ -221,8 +283,8 @@ def launch_states(
     transposed: bool,
     reverse: bool,
 ) -> None:
-    """The states kernel over all spans; decay: (b, False) or (g, True); tiles: block_v, stages and
-    warps."""
+    """The states kernel over all spans; decay: (b, False), (g, True) or (None, True); tiles:
+    block_v, stages and warps."""
     (T, Hq, K), (H, V), B = x.shape, y.shape[1:], len(cu_seqlens) - 1
     block_v, stages, warps = tiles
     block_k, block_v = min(128, _lib.power_of_2(K)), min(block_v, _lib.power_of_2(V))
@@ -238,7 +300,7 @@ def launch_states(
 def entering_states(
     x: Tensor,
     y: Tensor,
-    decay: tuple[Tensor, bool],
+    decay: tuple[Tensor | None, bool],
     u: Tensor | None,
     cu_seqlens: Tensor,
     initial: Tensor | None,
