@@ -492,7 +492,11 @@ PROBLEM = Problem(
         "triton": "triton_kernels.decay_attention:decay_attention",
         "pallas": "pallas_kernels.decay_attention:decay_attention",
     },
-    peers={},
+    peers={
+        "fla": "parity.peers.decay:fla_simple_gla",
+        "torch.compile": "parity.peers.decay:compiled_chunks",
+        "jax.jit": "parity.peers.decay:jax_chunks",
+    },
     arguments=ARGUMENTS,
     bwd_options=("scale", "chunk"),
     faults=OF_STATES | OF_SCORES | OF_GATES,

@@ -290,7 +290,12 @@ PROBLEM = Problem(
         "triton": "triton_kernels.mamba2_ssd:mamba2_ssd",
         "pallas": "pallas_kernels.mamba2_ssd:mamba2_ssd",
     },
-    peers={},
+    peers={
+        "mamba_ssm": "parity.peers.decay:mamba_ssm",
+        "fla": "parity.peers.decay:fla_as_mamba2",
+        "torch.compile": "parity.peers.decay:compiled_ssd",
+        "jax.jit": "parity.peers.decay:jax_ssd",
+    },
     arguments=ARGUMENTS,
     bwd_options=("dt_softplus", "dt_limit", "chunk"),
     faults=core.OF_STATES

@@ -133,7 +133,11 @@ PROBLEM = Problem(
         "triton": "triton_kernels.retention:retention",
         "pallas": "pallas_kernels.retention:retention",
     },
-    peers={},
+    peers={
+        "fla": "parity.peers.decay:fla_retention",
+        "torch.compile": "parity.peers.decay:compiled_retention",
+        "jax.jit": "parity.peers.decay:jax_retention",
+    },
     arguments=ARGUMENTS,
     bwd_options=("scale", "chunk"),
     faults=core.OF_STATES | core.OF_SCORES | {heads_decay_alike: NUMERIC},
