@@ -19,6 +19,7 @@ import base64
 import html
 import importlib
 import json
+import linecache
 import logging
 import math
 import os
@@ -124,7 +125,7 @@ def twins(stem: str, function: str, stage: int | None = None, part: str = "kerne
     # Two columns where there is room; a code host that strips styles stacks them.
     blocks = "".join(
         f'<div style="min-width:0"><b>{NAMES[twin]}</b> {file}, from line {line}'
-        f'<pre style="font-size:80%;white-space:pre;overflow-x:auto">{html.escape(code)}</pre>'
+        f'<pre style="font-size:80%;white-space:pre-wrap">{html.escape(code)}</pre>'
         "</div>"
         for twin, (file, line, code) in cuts.items()
     )
@@ -303,7 +304,7 @@ class Answer:
     ok: bool
     reason: str = ""
     detail: str = ""
-    where: str = ""  # the workload
+    where: str = ""  # the workload, and its sizes
     cases: int = 0
     moved: float = math.nan  # bytes, as a multiple of the least; of the last workload
     launches: int = 0
@@ -368,11 +369,15 @@ def _checked(problem: Any, work: Any, kernels: Mapping[str, Callable]) -> dict[s
     found = {}
     for c in checks:
         if c.impl == "pallas" and out:
-            found[c.impl] = Answer(c.impl, False, "timeout", _tracer.WAITS, work.name)
+            found[c.impl] = Answer(c.impl, False, "timeout", _tracer.WAITS, _at(work))
         elif not c.ok:
             detail = _told(c, kernels[c.impl], problem, work)
-            found[c.impl] = Answer(c.impl, False, c.reason, detail, work.name)
+            found[c.impl] = Answer(c.impl, False, c.reason, detail, _at(work))
     return found
+
+
+def _at(work: Any) -> str:
+    return f"{work.name} ({', '.join(f'{n}={size}' for n, size in work.sizes.items())})"
 
 
 _kernels: dict[Callable, frameworks.Kernel] = {}
@@ -399,8 +404,15 @@ def _told(c: Any, fn: Callable, problem: Any, work: Any) -> str:
         except Exception as error:
             return _tracer.sentence(error)
     told, detail = c.diagnosis or {}, c.detail.removeprefix("DataRace: RACE: ")
-    detail = re.sub(r"\b\d{5,}\.py:(\d+)", r"line \1 of its cell", detail)  # IPython's own name
+    detail = re.sub(r"\b(\d{5,}\.py):(\d+)", _quoted, detail)  # IPython's own name of a cell
     return "; ".join(filter(None, (detail, told.get("because") or told.get("where"))))
+
+
+def _quoted(place: re.Match[str]) -> str:
+    """The line of a cell, in backquotes: JupyterLab shows no line numbers."""
+    file = next((name for name in linecache.cache if name.endswith(f"/{place[1]}")), "")
+    line = linecache.getline(file, int(place[2])).strip()
+    return f"`{line}`" if line else f"line {place[2]} of its cell"
 
 
 def _draw(problem: Any, work: Any) -> dict[str, Any]:
@@ -422,18 +434,18 @@ def _watched(problem: Any, work: Any, fn: Callable[..., Any]) -> Answer | None:
         except Exception as error:
             if isinstance(stray := error.__cause__ or error, triton_side.StrayError):
                 detail = f"{stray}: is the mask wrong, or the address?"
-                return Answer("triton", False, "past_the_end", detail, work.name)
-            return Answer("triton", False, "crash", _tracer.sentence(error), work.name)
+                return Answer("triton", False, "past_the_end", detail, _at(work))
+            return Answer("triton", False, "crash", _tracer.sentence(error), _at(work))
     if seen.beside:
         detail = f"a store went past the end of {seen.beside[0]}"
-        return Answer("triton", False, "past_the_end", detail, work.name)
+        return Answer("triton", False, "past_the_end", detail, _at(work))
     if clash := watch.conflict():
         verb = "both store" if clash.both_store else "one loads what the other stores"
         detail = (
             f"programs {clash.first} and {clash.second} meet: {verb} ({clash.lanes} elements in "
             "all). The interpreter runs one after the other; a GPU runs them at once"
         )
-        return Answer("triton", False, "race", detail, work.name)
+        return Answer("triton", False, "race", detail, _at(work))
     return None
 
 
@@ -442,13 +454,13 @@ def _within(problem: Any, limits: Limits, twin: str, fn: Callable[..., Any]) -> 
     work = problem.workloads[-1]
     launches, moved = metered(twin, fn, _draw(problem, work), work.options)
     share = moved / problem.cost(work, "fwd").bytes
-    found = Answer(twin, True, "", "", work.name, len(problem.workloads), share, launches)
+    found = Answer(twin, True, "", "", _at(work), len(problem.workloads), share, launches)
     if limits.launches is not None and launches > limits.launches:
         detail = f"{launches} kernels were launched, {limits.launches} are enough"
-        return Answer(twin, False, "launches", detail, work.name, 0, share, launches)
+        return Answer(twin, False, "launches", detail, _at(work), 0, share, launches)
     if limits.moved is not None and share > limits.moved:
         detail = f"it moved {share:.2f}x the least bytes; at most {limits.moved:g}x are allowed"
-        return Answer(twin, False, "traffic", detail, work.name, 0, share, launches)
+        return Answer(twin, False, "traffic", detail, _at(work), 0, share, launches)
     return found
 
 

@@ -14,6 +14,7 @@ learner's notebook has neither.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -67,7 +68,8 @@ class Lesson:
                 said["given"] = fingerprint(text)
             make = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")
             cells.append(make(text, id=answer or f"{self.number}-{i:02d}", metadata=said))
-        python = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        # as ipykernel calls itself: JupyterLab would mark a fresh copy as changed otherwise
+        python = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
         about = {"kernelspec": python, "language_info": {"name": "python"}, "lesson": self.number}
         return nbformat.v4.new_notebook(cells=cells, metadata=about)
 
@@ -223,7 +225,7 @@ def refresh(built: Path, mine: Path) -> str:
 
     An answer cell that the learner has changed stays as it is, and so do cells that the learner has
     added, each after the cell it stood behind. Everything else is the new lesson's. What was there
-    before an update is kept beside it.
+    before an update is kept, in a hidden folder beside it.
     """
     fresh = nbformat.read(built, as_version=4)
     fresh.metadata["built"] = fingerprint(json.dumps(_sources(fresh)))
@@ -258,9 +260,18 @@ def refresh(built: Path, mine: Path) -> str:
         cells.insert(at + 1, cell)
         behind = cell.id
     fresh.cells = cells
-    mine.with_suffix(".before.ipynb").write_text(mine.read_text())
+    kept = _place_before(mine)
+    kept.write_text(mine.read_text())
     mine.write_text(nbformat.writes(fresh) + "\n")
-    return "brought up to date, your answers kept"
+    return f"brought up to date, your answers kept; as it was: {kept.relative_to(mine.parent)}"
+
+
+def _place_before(mine: Path) -> Path:
+    """Where the copy is kept as it was: a new name each time, out of JupyterLab's sight."""
+    folder = mine.parent / ".before"
+    folder.mkdir(exist_ok=True)
+    names = (folder / f"{mine.stem}.{n}.ipynb" for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -270,6 +281,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mine", action="store_true", help="copy to my_lessons/, answers stay")
     args = parser.parse_args(argv)
     if args.mine:
+        for left in sorted(MINE.glob("*.before.ipynb")):  # where they were kept once
+            left.rename(_place_before(left.with_name(left.name.replace(".before", ""))))
         for path in sorted(HOME.glob("[0-9][0-9]_*.ipynb")):
             print(f"my_lessons/{path.name}: {refresh(path, MINE / path.name)}")
         return 0

@@ -118,9 +118,11 @@ def _must_lie_inside(touch: triton_interpreter.Touch, launched: Sequence[Any]) -
     if not outside.any():
         return
     first = int(lanes[outside][0])
-    does = "store to" if touch.stored else "load from"
+    lost = int(outside.sum())
+    who, s = ("1 lane", "s") if lost == 1 else (f"{lost} lanes", "")
+    does = f"store{s} to" if touch.stored else f"load{s} from"
     program = ", ".join(map(str, touch.program))
-    says = f"{int(outside.sum())} lanes of program ({program}) {does} addresses outside"
+    says = f"{who} of program ({program}) {does} addresses outside"
     if not extents:
         raise StrayError(f"{says}: the kernel was given no tensor")
     name, start, end, x = min(extents, key=lambda e: max(e[1] - first, first - e[2]))

@@ -172,7 +172,26 @@ def test_answers_survive_an_update(tmp_path: Path):
     cells = [cell.source for cell in nbformat.read(mine, as_version=4).cells]
     assert cells == ["new text", "my answer", "my own cell", "hole 2, reworded",
                      "my answer to what is no longer asked", "more text"]  # fmt: skip
-    assert mine.with_suffix(".before.ipynb").read_text() == before
+    kept = mine.parent / ".before"
+    assert (kept / "99_made_up.1.ipynb").read_text() == before
+    lesson(tmp_path, ("99-00", "newer text"))
+    again = mine.read_text()
+    assert ".before/99_made_up.2.ipynb" in build.refresh(built, mine)
+    assert (kept / "99_made_up.1.ipynb").read_text() == before  # none is written over
+    assert (kept / "99_made_up.2.ipynb").read_text() == again
+    assert [p.name for p in mine.parent.glob("*.ipynb")] == [mine.name]
+
+
+def test_a_copy_left_beside_a_lesson_is_put_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lesson(tmp_path, ("99-00", "text"))
+    mine = tmp_path / "mine"
+    monkeypatch.setattr(build, "HOME", tmp_path)
+    monkeypatch.setattr(build, "MINE", mine)
+    assert build.main(["--mine"]) == 0
+    (mine / "99_made_up.before.ipynb").write_text("once")
+    assert build.main(["--mine"]) == 0
+    assert [p.name for p in mine.glob("*.ipynb")] == ["99_made_up.ipynb"]
+    assert (mine / ".before" / "99_made_up.1.ipynb").read_text() == "once"
 
 
 def test_what_belongs_to_one_machine_is_found():

@@ -5,7 +5,7 @@
 # 2. See which program owns which element, and what happens at the edges.
 # 3. Have both judged as this project judges its own kernels.
 #
-# **Time:** 30 minutes. **You need:** Python, and NumPy's arrays and slices. No GPU, no CUDA.
+# **Time:** 40 minutes. **You need:** Python, and NumPy's arrays and slices. No GPU, no CUDA.
 #
 # Run the cells from top to bottom with Shift+Enter. Where a cell says `YOUR CODE HERE`, write;
 # where it says `...`, put a number. A wrong answer costs nothing.
@@ -54,9 +54,15 @@ course.predict("idle_lanes", 26)
 # %% [markdown]
 # ## 2. A kernel that only copies, in Triton
 #
-# Read it line by line. `x_ptr` is a bare address. The program makes the addresses of all 16 lanes
-# of its tile at once, and the *mask* says which of them are inside the array. A lane whose mask
-# is False loads nothing and stores nothing.
+# Read it line by line. In memory an array is one long line, row after row: element `[m, n]` of an
+# array with `N` columns has the number `m * N + n`. `x_ptr` is a bare address; Triton makes one
+# of each tensor that you pass. So `x_ptr + m * N + n` is the addresses of all 16 lanes of the
+# tile at once, and the *mask* says which of them are inside the array. A lane whose mask is False
+# loads nothing and stores nothing: `tl.load` gives it what you pass as `other=`, and without that
+# nothing you may rely on.
+#
+# `tl.constexpr` marks a number that is known when the kernel is compiled, as the size of a tile
+# must be.
 
 
 # %%
@@ -82,8 +88,8 @@ def copy_triton(x):
 copy_triton(torch.arange(70.0).reshape(10, 7))
 
 # %% [markdown]
-# `_copy_kernel[grid](...)` starts the programs. Nothing says in which order they run, and on a
-# GPU they run at once. Nobody may rely on another program.
+# `_copy_kernel[grid](...)` starts one program for each place in the grid. Nothing says in which
+# order they run, and on a GPU they run at once: no program may count on what another has done.
 #
 # ## 3. The same in Pallas
 #
@@ -94,6 +100,11 @@ copy_triton(torch.arange(70.0).reshape(10, 7))
 #
 # There is no mask. The copy engine knows the array's shape: beyond the edge it brings zeros, and
 # on the way back it drops what lies outside.
+#
+# `plgpu.kernel` calls the body with the inputs, then the outputs, then what `scratch_types`
+# lists, here a tile of shared memory and a barrier. All memory comes as *Refs*: `x_gmem.at[tile]`
+# names a part of one, and moves nothing yet. `wait_smem_to_gmem(0)` waits until 0 copies back are
+# under way.
 
 
 # %%
@@ -152,9 +163,9 @@ course.reveal("idle_lanes", in_triton.programs * 4 * 4 - 10 * 7)
 # %% [markdown]
 # ### Why the mask matters
 #
-# In memory an array is one long line, row after row: element `[m, n]` of an array with 7 columns
-# has the number `m * 7 + n`. The lane at row 3, column 7 is outside. Without the mask its address
-# is still the address of *some* element. In which row is that element?
+# Count rows and columns from 0. The lane at row 3, column 7 is outside an array of 7 columns.
+# Without the mask its address, element number `m * 7 + n`, is still that of *some* element. In
+# which row is that one?
 
 # %% answer="guess_row"
 course.predict("row", 4)
@@ -168,7 +179,24 @@ course.reveal("row", (3 * 7 + 7) // 7)
 #
 # ## 5. Do it in Triton
 #
-# Now yours: `out = scale * x + y`. The tile is 8 rows and 128 columns, a size that suits a GPU.
+# Now yours: `out = scale * x + y`, all float32. The tile is 8 rows and 128 columns, a size that
+# suits a GPU. Begin with the kernel of section 2; what is new is a second array and a number.
+#
+# The cell after yours checks it. It makes random arrays of five sizes, some with edges and one
+# without, fills the output with NaN, puts *guard bands* around all of them, memory that nobody
+# may touch, runs your kernel, and compares with the right answer in float64. It also looks
+# whether two programs ever touch the same element, whether an input was changed, and how many
+# bytes were moved. If it is not satisfied, it says why in one word, on which size, and where:
+#
+# | word | what was found |
+# |---|---|
+# | `past_the_end` | an access outside the arrays |
+# | `race` | two accesses to one element, one of them a store, and nothing says which is first |
+# | `nonfinite` | NaN or infinity where a number belongs; NaN everywhere: it was never written |
+# | `norm` | wrong numbers |
+# | `crash`, `timeout` | an error; a wait without end, given up after 30 seconds |
+#
+# A Triton grid has three axes, so program `(1, 0, 0)` is the second one along the rows.
 
 
 # %% answer="scale_add_triton"
@@ -204,11 +232,6 @@ def scale_add_triton(x, y, *, scale):
 course.check("scale_add", triton=scale_add_triton)
 
 # %% [markdown]
-# What the check does: it makes random arrays of five sizes, some with edges and one without, puts
-# guard bands around them, runs your kernel, and compares with the right answer in float64. It
-# also looks whether two programs ever touch the same element, whether an input was changed, and
-# how many bytes were moved. If it is not satisfied, it says on which size and why.
-#
 # ## 6. Do it in Pallas
 #
 # Two arrays come in, so two copies arrive at one barrier: `num_arrivals=2`. Read a whole tile
@@ -218,6 +241,9 @@ course.check("scale_add", triton=scale_add_triton)
 # The copy engine wants rows that start at multiples of 16 bytes. The interpreter does not mind, a
 # GPU does. So `scale_add_pallas` pads the columns to a multiple of 4 floats first, and cuts them
 # off again; that part is done.
+#
+# In what the check says, a *block* is what Triton calls a program, and the *warpgroup* is the 128
+# threads that run it together. `SMEM[0:8, 0:128]` is a part of a tile in shared memory.
 
 
 # %% answer="scale_add_pallas"
@@ -276,18 +302,24 @@ print(f"{(one == jax.device_get(two)).mean():.0%} of the elements agree bit for 
 # %% [markdown]
 # ## 8. A real kernel
 #
-# This is the smallest kernel of the project, cut out of the two files as they are: it adds up the
-# rows of an array that an earlier kernel has filled. Both are in the same four stages, and so is
-# every other kernel here: *which tile*, *main loop*, *epilogue*, *store*. You know stages 1 and 4
-# by now; a loop between them is all that is new.
+# This is one of the smallest kernels of the project, cut out of the two files as they are: it
+# adds up the rows of an array that an earlier kernel has filled. Both are in the same four
+# stages, and so is every other kernel here: *which tile*, *main loop*, *epilogue* (what is done
+# to a result before it is stored), *store*.
+#
+# You know stages 1 and 4. New in Triton is a loop: a program walks over the rows of its columns.
+# In Pallas `emit_pipeline` is that loop: it calls `add_rows` for one block of rows after the
+# other, and brings the next ones meanwhile. Its `layout` and `BlockSpec` can wait.
 
 # %%
 course.twins("rms_norm", "_rms_norm_dw_kernel")
 
 # %% [markdown]
-# And this is what both are worth on a GPU. On a machine with a Hopper GPU this cell measures; on
-# any other it shows the committed record and its stamp. *us* are microseconds; *% of the roof*
-# says how much of what the memory can deliver was used. Lesson 03 explains it.
+# And this is what such twins are worth on a GPU: another pair of the project, softmax, on 16384
+# rows of 4096 columns. On a machine with a Hopper GPU this cell measures; on any other it shows
+# the committed record and its stamp. *us* is the median in microseconds, 8 of 10 runs lie between
+# *p10* and *p90*, and *% of the roof* says how much of what the memory can deliver was used.
+# Lesson 03 explains it.
 
 # %%
 course.measured("softmax", "softmax_16384x4096")
@@ -319,7 +351,7 @@ course.reveal("B")
 # 3. Pallas: Refs and slices, `lax.axis_index`, copies to shared memory, a barrier to wait at.
 # 4. Edges: in Triton your mask, in Pallas the copy engine. A forgotten mask writes somewhere
 #    else.
-# 5. Round the grid up. Nobody may rely on the order of programs.
+# 5. Round the grid up. No program may count on the order of programs.
 #
 # Next: [02 What the interpreters do not tell you](02_what_interpreters_hide.ipynb).
 

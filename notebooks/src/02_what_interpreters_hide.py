@@ -2,7 +2,8 @@
 # # 02 What the interpreters do not tell you
 #
 # 1. Know what a run on a laptop proves about a kernel, and what it does not.
-# 2. Find four bugs that give the right answer here and a wrong one on a GPU.
+# 2. Find three bugs that give the right answer here and a wrong one on a GPU, and one that lies
+#    the other way round.
 # 3. Learn the tools that show them: guard bands, a trace, the race detector.
 #
 # **Time:** 35 minutes. **You need:** lesson 01. No GPU.
@@ -38,10 +39,11 @@ from notebooks._tracer import guarded
 #
 # ### Predict
 #
-# *bfloat16* is a number in 16 bits: float32 with the lower half of its bits cut off. In Triton's
+# *bfloat16* is a number in 16 bits: float32 with the lower half of its bits gone. In Triton's
 # interpreter a product of two bfloat16 matrices is wrong, and says nothing. By how many powers of
-# ten is it off? (Nothing so far tells you: guess.) And when a float32 is rounded to bfloat16
-# there, the lower half is only cut off: in how many of 100 cases is the result not the nearest?
+# ten is it too large? (Nothing so far tells you: guess.) And when a float32 becomes a bfloat16
+# there, the lower half is just cut off, where a GPU rounds: in how many of 100 cases is the
+# result not the nearest bfloat16?
 
 # %% answer="guess_bf16"
 course.predict("powers_of_ten", 10)
@@ -55,17 +57,18 @@ course.reveal("percent_of_casts", round(100 * probes.wrong_casts(torch.bfloat16)
 
 # %% [markdown]
 # The interpreter keeps a bfloat16 as the 16-bit integer that its bits would make, and multiplies
-# those integers. And it cuts bits off where a GPU rounds: half of all numbers lie nearer to the
-# other neighbour.
+# those integers. And what is cut off leaves the neighbour nearer to zero, but half of all numbers
+# lie nearer to the other one.
 #
 # ## 2. The picture: what is seen, and by whom?
 #
 # Each cell of the first two columns was found just now, by a small kernel that does the forbidden
-# thing. The last column is what a GPU does; nobody asked one. *Unseen* is the dangerous word: the
-# kernel is wrong and the answer is right, here.
+# thing. The last column is what a GPU does, and no GPU is asked here: these are words, from
+# [silent lies](../docs/silent-lies.md). *Unseen* is the dangerous one: the kernel is wrong and
+# the answer is right, here.
 
 # %%
-note = "Columns 1 and 2: found now. Column 3: docs/silent-lies.md."
+note = "Columns 1 and 2: found now. Column 3: known."
 course.show(pictures.truth_table(probes.table(), probes.COLUMNS, "Who sees what", note))
 
 # %% [markdown]
@@ -73,8 +76,8 @@ course.show(pictures.truth_table(probes.table(), probes.COLUMNS, "Who sees what"
 # adds to Triton what is missing: `course.check` puts guard bands of poison around every array,
 # and notes which program touches which address.
 #
-# Now four kernels, each with one bug. Run each as it stands, see that nothing seems wrong, and
-# read what the check says. Then fix it, and run the cell and the check again.
+# Now four kernels, each with one bug. Run each as it stands, look at what it gives, and read what
+# the check says. Then fix it, and run the cell and the check again.
 #
 # ## 3. Bug A, Triton: past the end
 #
@@ -113,9 +116,14 @@ course.check("add_one", triton=add_one_triton)
 #
 # ## 4. Bug B, Triton: bfloat16
 #
-# A product of two square matrices. This kernel is right on a GPU and wrong here, so for once it
-# is the interpreter you work around: let the numbers be float32 before they are multiplied. A
-# bfloat16 fits into a float32 exactly. `input_precision="ieee"` asks for real float32 products.
+# A product of two square matrices. This one lies the other way round: it is right on a GPU and
+# wrong here, so for once it is the interpreter you work around. Let the numbers be float32 before
+# they are multiplied: a bfloat16 fits into a float32 exactly. `input_precision="ieee"` asks for
+# real float32 products; a GPU would else round the operands to fewer bits.
+#
+# When numbers are wrong, the check gives the *error*, which is the distance to the right answer
+# over its size, and the most that rounding explains. *The model's own* is what the same
+# mathematics, done in float32, loses on these numbers.
 
 
 # %% answer="bf16_product_triton"
@@ -145,18 +153,23 @@ course.check("bf16_product", triton=bf16_product_triton)
 # its kernels refuse bfloat16 and are tested in float16. This is what they say:
 
 # %%
+import textwrap
+
 from triton_kernels import softmax
 
 try:
     softmax(torch.zeros(2, 8, dtype=torch.bfloat16))
 except TypeError as error:
-    print(error)
+    print(textwrap.fill(str(error), 96))
 
 # %% [markdown]
 # ## 5. Bug C, Pallas: nobody waits
 #
 # The copy engine works on its own. `copy_gmem_to_smem` only *starts* a copy, and the kernel goes
 # on; whoever reads shared memory before `barrier_wait` may read what was there before.
+#
+# `out = 2 * x`, 128 elements a block, for arrays of whole blocks, so there is no edge. The way
+# back needs no copy engine: `out_gmem[part] = ...` stores at once.
 
 
 # %% answer="double_pallas"
@@ -212,6 +225,11 @@ for seen, part in zip(loaded, parts, strict=True):  # then all store
     out = seen + part
 course.reveal("sum", out)
 
+# %% [markdown]
+# So nobody may meet: let one program take a whole row. A kernel may have a loop,
+# `for start in range(0, N, block):`, and a sum starts before it as what it will be: `0.0` for one
+# number, `tl.zeros((block,), tl.float32)` for one number a lane.
+
 
 # %% answer="row_sums_triton"
 @triton.jit
@@ -247,8 +265,9 @@ print(guarded(row_sums_triton, torch.ones(2, 300)))
 course.check("row_sums", triton=row_sums_triton)
 
 # %% [markdown]
-# `[300, 300]` from the start, in this order of programs. The check saw that two programs load and
-# store the same element. The Pallas interpreter finds the same mistake by itself:
+# `[300, 300]` from the start, in this order of programs. The check saw that two programs store to
+# the same element. The Pallas interpreter finds the same mistake by itself, when it is run with
+# its race detector on:
 
 
 # %%
@@ -291,9 +310,11 @@ for row in check(described, described.workload("ci"), passes=("fwd",)):
 # %% [markdown]
 # It proves the indexing, the masks, the mathematics, and in Pallas the order of all accesses, on
 # the sizes that were tried. It proves nothing about bfloat16 in Triton, registers, speed, or
-# races in Triton. Two more gates close most of that gap: `parity compile` compiles both twins for
-# a Hopper GPU on a machine without one, and `parity check` on a GPU runs everything three times
-# and wants the same bits each time. This row was checked there, in bfloat16:
+# races in Triton: the watch that saw bug D is this course's, and `parity check` has none. Two
+# more gates close most of that gap: `parity compile` compiles both twins for a Hopper GPU on a
+# machine without one, and `parity check` on a GPU runs everything three times and wants the same
+# bits each time. This row was checked there, in bfloat16; the error is what rounding to bfloat16
+# costs:
 
 # %%
 row = course.rows("softmax", "softmax_16384x4096")["triton"]
@@ -305,7 +326,8 @@ print(course.stamp(row))
 #
 # The first loop of softmax's backward, in both languages. Look for what this lesson was about: in
 # Triton the mask (`inside`) and the value that idle lanes get; in Pallas the `barrier_wait`
-# before shared memory is read, and the `commit_smem` before it is filled again.
+# before shared memory is read, and the `commit_smem` before it is filled again. It orders reads
+# of shared memory, too: a copy that is started after it finds them done.
 
 # %%
 course.twins("softmax", "_softmax_bwd_kernel", 2)
