@@ -47,10 +47,12 @@ from .decay_attention_states import (
     entering_states,
     find_span,
     heads_adjacent,
-    inside,
+    load_tokens,
     most_spans,
+    operand,
     state_ptr,
-    token_ptr,
+    store_tokens,
+    tma_ready,
     weights,
 )
 from .linear_scan import linear_scan_check
@@ -104,27 +106,28 @@ def default_config(
 
 @triton.jit
 def _decay_attention_fwd_kernel(
-    q_ptr,  # [T, Hq, K]
-    k_ptr,  # [T, Hq, K]
-    v_ptr,  # [T, H, V]
+    q_all,  # [T, Hq, K]: a TMA descriptor that ends at any token, or a pointer
+    k_all,  # [T, Hq, K]
+    v_all,  # [T, H, V]
     b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
     u_ptr,  # [H, T] float32 or None
     D_ptr,  # [H] float32 or None: y += D v
     cu_ptr,  # [B + 1] int32
     enters_ptr,  # [spans, H, K, V] float32 or None
-    y_ptr,  # [T, H, V]
+    y_all,  # [T, H, V]
     S_T_ptr,  # [B, H, K, V] float32
     T, B, span, H, group, scale, stride_q, stride_k, stride_v,
     stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
     stride_D: tl.constexpr, stride_Dv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     chunk: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
-    constant: tl.constexpr, transposed: tl.constexpr,
+    constant: tl.constexpr, transposed: tl.constexpr, tma: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     num_v: tl.constexpr = (V + block_v - 1) // block_v
     k = tl.arange(0, block_k)
     tile = tl.program_id(0)
-    v = tile % num_v * block_v + tl.arange(0, block_v)
+    v0 = tile % num_v * block_v
+    v = v0 + tl.arange(0, block_v)
     h = tile // num_v % H
     p = tile // num_v // H
     s, first, end, _, ends, _ = find_span(cu_ptr, p, T, B, span, chunk, block_b)
@@ -140,12 +143,10 @@ def _decay_attention_fwd_kernel(
     # --- 2. main loop
     for t0 in tl.range(first, end, chunk):
         t = t0 + lane
-        q_at = token_ptr(q_ptr, stride_q, stride_qh, t, h // group, k)
-        q = tl.load(q_at, inside(t, end, k, K), 0.0)  # [chunk, block_k]
-        k_at = token_ptr(k_ptr, stride_k, stride_kh, t, h // group, k)
-        k_tile = tl.load(k_at, inside(t, end, k, K), 0.0)  # [chunk, block_k]
-        v_at = token_ptr(v_ptr, stride_v, stride_vh, t, h, v)
-        v_tile = tl.load(v_at, inside(t, end, v, V), 0.0)  # [chunk, block_v]
+        hq = h // group
+        q = load_tokens(q_all, stride_q, stride_qh, t0, end, hq, 0, K, chunk, block_k, tma)
+        k_tile = load_tokens(k_all, stride_k, stride_kh, t0, end, hq, 0, K, chunk, block_k, tma)
+        v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
         b, b_n = decays(b_ptr, h, t, t0, end, T, constant)
         u = weights(u_ptr, h, t, end, T)
 
@@ -163,8 +164,7 @@ def _decay_attention_fwd_kernel(
             D = tl.load(D_ptr + h * stride_D + v * stride_Dv, v < V, 0.0)
             acc += D[None, :] * v_tile.to(tl.float32)
         # --- 4. store
-        y_at = token_ptr(y_ptr, H * V, V, t, h, v)
-        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), inside(t, end, v, V))
+        store_tokens(y_all, acc, t0, end, h, v0, H, V, chunk, block_v, tma)
     if ends:
         tl.store(state_ptr(S_T_ptr, s, h, H, k, v, K, V, transposed), S, exist)
 
@@ -196,10 +196,13 @@ def forward(
         k, v, decay, u, cu_seqlens, S0, span, 1.0, chunk, walk, transposed, False
     )
     stride_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
+    tma = tma_ready(q, k, v)
+    tokens = (operand(x, chunk, block_k, tma) for x in (q, k))
     _decay_attention_fwd_kernel[(most_spans(T, B, span) * H * _lib.cdiv(V, block_v),)](
-        q, k, v, decay[0], u, D, cu_seqlens, enters, y, S_T, T, B, span, H, H // Hq, scale,
+        *tokens, operand(v, chunk, block_v, tma), decay[0], u, D, cu_seqlens, enters,
+        operand(y, chunk, block_v, tma), S_T, T, B, span, H, H // Hq, scale,
         q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), *stride_D,
-        K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)), decay[1], transposed,
+        K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)), decay[1], transposed, tma,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return [y, S_T]

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _lib
 
@@ -78,6 +80,21 @@ def heads_adjacent(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def tma_ready(*tokens: Tensor) -> bool:
+    """Whether TMA can address all of these [T, H, C]: heads and rows at multiples of 16 bytes."""
+    return _lib.has_tma() and all(
+        x.stride(2) == 1
+        and x.data_ptr() % 16 == 0
+        and all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:2])
+        for x in tokens
+    )
+
+
+def operand(x: Tensor, chunk: int, block: int, tma: bool) -> TensorDescriptor | Tensor:
+    """x [T, H, C] as kernels take it: a descriptor of tiles of a head, that ends at any token."""
+    return create_ragged_descriptor(x.transpose(0, 1), [1, chunk, block], 1) if tma else x
+
+
 def most_spans(T: int, B: int, span: int) -> int:
     """Room for the spans that any B sequences of T tokens in all can have."""
     return T // span + B
@@ -104,20 +121,46 @@ def find_span(cu_ptr, p, T, B, span, chunk: tl.constexpr, block_b: tl.constexpr)
 
 
 @triton.jit
-def token_ptr(
-    x_ptr, stride_t, stride_h: tl.constexpr, t, h, c
-):  # fmt: skip
+def token_ptr(x_ptr, stride_t, stride_h: tl.constexpr, t, h, c):
     """Addresses of channels c of head h of tokens t. [t, c]"""
     return x_ptr + h * stride_h + t.to(tl.int64)[:, None] * stride_t + c[None, :]
 
 
 @triton.jit
-def inside(t, end, c, C: tl.constexpr):
-    """Tokens before `end`, channels below C: a mask that broadcasts to [t, c]."""
-    if (c.shape[0] + C) % c.shape[0] == 0:  # (the interpreter cannot divide by a constexpr)
-        return (t < end)[:, None]
+def load_tokens(
+    x, stride_t, stride_h: tl.constexpr, t0, end, h, c0,
+    C: tl.constexpr, chunk: tl.constexpr, block_c: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    """Head h of tokens from t0 on, channels from c0 on; zeros from token `end` on, whose own memory
+    is not read, and from channel C on. [chunk, block_c]"""
+    if tma:
+        i, j, row = to_ragged_indices(t0, end - t0, 0)
+        return x.load([i, j, h, row, c0]).reshape(chunk, block_c)
     else:
-        return (t < end)[:, None] & (c < C)[None, :]
+        t, c = t0 + tl.arange(0, chunk), c0 + tl.arange(0, block_c)
+        exist = (t < end)[:, None] & (c < C)[None, :]
+        return tl.load(token_ptr(x, stride_t, stride_h, t, h, c), exist, 0.0)
+
+
+@triton.jit
+def store_tokens(
+    x, tile, t0, end, h, c0, H,
+    C: tl.constexpr, chunk: tl.constexpr, block_c: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    """tile [chunk, block_c] where load_tokens would load it from, of x [T, H, C]."""
+    if tma:
+        i, j, row = to_ragged_indices(t0, end - t0, 0)
+        x.store([i, j, h, row, c0], tile.to(x.dtype).reshape(1, 1, 1, chunk, block_c))
+    else:
+        t, c = t0 + tl.arange(0, chunk), c0 + tl.arange(0, block_c)
+        exist = (t < end)[:, None] & (c < C)[None, :]
+        tl.store(token_ptr(x, H * C, C, t, h, c), tile.to(x.dtype.element_ty), exist)
+
+
+@triton.jit
+def inside(t, end, c, C: tl.constexpr):
+    """Tokens before `end`, channels below C. [t, c]"""
+    return (t < end)[:, None] & (c < C)[None, :]
 
 
 @triton.jit
@@ -163,8 +206,8 @@ def weights(u_ptr, h, t, end, T):
 
 @triton.jit
 def _decay_attention_states_kernel(
-    x_ptr,  # [T, Hq, K]: k, or q against time
-    y_ptr,  # [T, H, V]: v, or dy against time
+    x_all,  # [T, Hq, K]: k, or q against time: a TMA descriptor, or a pointer
+    y_all,  # [T, H, V]: v, or dy against time
     b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
     u_ptr,  # [H, T] float32 or None
     cu_ptr,  # [B + 1] int32
@@ -175,14 +218,14 @@ def _decay_attention_states_kernel(
     T, B, span, H, group, scale, stride_x, stride_y,
     stride_xh: tl.constexpr, stride_yh: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     chunk: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
-    constant: tl.constexpr, transposed: tl.constexpr, reverse: tl.constexpr,
+    constant: tl.constexpr, transposed: tl.constexpr, reverse: tl.constexpr, tma: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     num_k: tl.constexpr = (K + block_k - 1) // block_k
     num_v: tl.constexpr = (V + block_v - 1) // block_v
     tile = tl.program_id(0)
-    k = tile % num_k * block_k + tl.arange(0, block_k)
-    v = tile // num_k % num_v * block_v + tl.arange(0, block_v)
+    k0, v0 = tile % num_k * block_k, tile // num_k % num_v * block_v
+    k, v = k0 + tl.arange(0, block_k), v0 + tl.arange(0, block_v)
     h = tile // (num_k * num_v) % H
     p = tile // (num_k * num_v) // H
     s, first, end, begins, ends, slot = find_span(cu_ptr, p, T, B, span, chunk, block_b)
@@ -202,10 +245,9 @@ def _decay_attention_states_kernel(
             ci = chunks - 1 - c
         t0 = first + ci * chunk
         t = t0 + tl.arange(0, chunk)
-        x_at = token_ptr(x_ptr, stride_x, stride_xh, t, h // group, k)
-        x = tl.load(x_at, inside(t, end, k, K), 0.0)  # [chunk, block_k]
-        y_at = token_ptr(y_ptr, stride_y, stride_yh, t, h, v)
-        y = tl.load(y_at, inside(t, end, v, V), 0.0)  # [chunk, block_v]
+        hq = h // group
+        x = load_tokens(x_all, stride_x, stride_xh, t0, end, hq, k0, K, chunk, block_k, tma)
+        y = load_tokens(y_all, stride_y, stride_yh, t0, end, h, v0, V, chunk, block_v, tma)
         b, b_n = decays(b_ptr, h, t, t0, end, T, constant)
         if reverse:
             w = scale * tl.exp2(b)
@@ -289,10 +331,12 @@ def launch_states(
     block_v, stages, warps = tiles
     block_k, block_v = min(128, _lib.power_of_2(K)), min(block_v, _lib.power_of_2(V))
     grid = most_spans(T, B, span) * H * _lib.cdiv(K, block_k) * _lib.cdiv(V, block_v)
+    tma = tma_ready(x, y)
     _decay_attention_states_kernel[(grid,)](
-        x, y, decay[0], u, cu_seqlens, enters, each, leaves, total, T, B, span, H, H // Hq, scale,
-        x.stride(0), y.stride(0), x.stride(1), y.stride(1), K, V, chunk, block_k, block_v,
-        max(16, _lib.power_of_2(B)), decay[1], transposed, reverse,
+        operand(x, chunk, block_k, tma), operand(y, chunk, block_v, tma), decay[0], u, cu_seqlens,
+        enters, each, leaves, total, T, B, span, H, H // Hq, scale, x.stride(0), y.stride(0),
+        x.stride(1), y.stride(1), K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)),
+        decay[1], transposed, reverse, tma,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
