@@ -190,7 +190,8 @@ class _Subject:
         if probe and all(v.ok for v in verdicts):
             verdicts += self._probed(other, decoy, specs, call)
         # (where there is nothing to compute, nobody has to launch anything)
-        if all(v.ok for v in verdicts) and problem.cost(work, self.which).flops:
+        asked = problem.launches(self.which) and problem.cost(work, self.which).flops
+        if all(v.ok for v in verdicts) and asked:
             wrong = twin.witness(fn, args, options, problem.glue, share="model" in work.tags)
             verdicts += [Verdict("witness", False, "witness", sentence) for sentence in wrong]
         return verdicts, outputs

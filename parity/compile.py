@@ -259,7 +259,11 @@ def _tasks(
             },
             "options": options,
             "bwd_options": {k: v for k, v in options.items() if k in problem.bwd_options},
-            "passes": [p for p in workload.passes if passes is None or p in passes],
+            "passes": [
+                p
+                for p in workload.passes
+                if problem.launches(p) and (passes is None or p in passes)
+            ],
             "config": config,
         }
         yield _Task(problem.stem, workload.name, twin, request)

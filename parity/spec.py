@@ -16,7 +16,7 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 
-PASSES = ("fwd", "bwd", "dw", "plan", "blocks", "cols", "int8", "e4m3")
+PASSES = ("fwd", "bwd", "dw", "plan", "blocks", "cols", "int8", "e4m3", "prepack")
 # a problem has the first, most the second, others as `further` says
 
 NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
@@ -308,6 +308,7 @@ class Further:
     options: Callable[[Workload], dict[str, Any]]
     outputs: Callable[[Workload], dict[str, Array]]
     oracle: Callable[..., Any]  # (ar, work, **what it reads) -> a tuple
+    kernels: bool = True  # of ours; False: operations of the framework do it, once for each model
 
 
 @dataclass(frozen=True)
@@ -385,6 +386,10 @@ class Problem:
     def cost_of(self, work: Workload, which: str, arrays: Mapping[str, Any]) -> Cost:
         """The cost for these arrays."""
         return self.counted(work, which, arrays) if self.counted else self.cost(work, which)
+
+    def launches(self, which: str) -> bool:
+        """Whether a pass is made of our kernels, and not of the framework's operations alone."""
+        return which not in self.further or self.further[which].kernels
 
     def workload(self, name: str) -> Workload:
         return next(w for w in self.workloads if w.name == name)

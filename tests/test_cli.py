@@ -77,6 +77,14 @@ def parity(*args: str) -> int:
     return cli.main(args)
 
 
+def test_every_pass_can_be_chosen():
+    from parity.spec import PASSES
+
+    for command in ("check", "bench", "tune", "explain"):
+        for which in PASSES:
+            assert cli._parse([command, "softmax", "--pass", which]).which == which
+
+
 @pytest.mark.parametrize(
     ("args", "hint"),
     [

@@ -109,6 +109,40 @@ def test_the_oracle_of_the_quantizer_is_the_format(name):
         assert np.array_equal(y, r.astype(np.float64))
 
 
+def test_the_oracle_of_prepacking_puts_each_code_where_the_order_says():
+    work = PROBLEM.workload("ci_prepack")
+    a, (K, G) = _inputs(work), (work["K"], work["G"])
+    given = {n: a[n] for n in ("w_packed", "w_scale", "w_zero")}
+    got = PROBLEM.further["prepack"].oracle(Arithmetic.truth(xp), work, **given)
+    for y, spec in zip(got, PROBLEM.results(work, "prepack").values(), strict=True):
+        assert spec.exact and spec.shape == y.shape
+        assert np.array_equal(y, y.astype(spec.dtype))  # whole, and within the dtype
+    words, scale, zero = (y.astype(s) for y, s in zip(got, ("int16", "f2", "u1"), strict=True))
+    code = formats.unpack_nibbles(a["w_packed"], low_first=True)
+    assert np.array_equal(_code_of(words, K), code)
+    left = K % BLOCK_K  # of the last block
+    assert (_code_of(words[-1:], BLOCK_K)[:, left:] == 8).all()
+    assert np.array_equal(scale, a["w_scale"].T)
+    assert np.array_equal(zero, formats.int4_unpack_zeros(a["w_zero"], K // G).T)
+
+
+def test_prepacking_is_timed_and_asks_for_no_kernel():
+    from parity import compile
+
+    work = PROBLEM.workload("int4_prepack_28672x8192")
+    assert [PROBLEM.launches(which) for which in ("fwd", "plan", "prepack")] == [True, True, False]
+    (task,) = compile._tasks(PROBLEM, work, ("triton",), None, {}, {})
+    assert task.request["passes"] == []  # nothing for the gate
+    read = [PROBLEM.inputs(work)[n] for n in PROBLEM.reads(work, "prepack")]
+    written = PROBLEM.results(work, "prepack").values()
+    size = sum(np.prod(x.shape) * np.dtype(_np(x.dtype)).itemsize for x in (*read, *written))
+    assert PROBLEM.cost(work, "prepack").bytes == size
+
+
+def _np(name):
+    return "uint16" if name == "bfloat16" else name
+
+
 def test_sums_of_the_probe_are_exact_in_float32():
     for work in (w for w in PROBLEM.workloads if "fwd" in w.passes):
         probe = PROBLEM.probe(work)
@@ -137,3 +171,4 @@ def test_the_workloads_of_the_issue_are_there():
     assert names >= {"llama8b_qkv_m1", "llama8b_qkv_m16"}
     assert names >= {f"llama8b_up_m{M}" for M in (1, 16, 256)}
     assert names >= {"int4_quantize_8192x8192", "int4_quantize_4096x14336"}
+    assert "int4_prepack_28672x8192" in names

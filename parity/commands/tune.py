@@ -64,13 +64,16 @@ def tasks_of(args: Namespace) -> list["parity.tune.Task"]:
         raise Stop(USAGE, "ci workloads are too small to be timed; choose model ones")
     twins = (args.twin,) if args.twin else TWINS
     passes = (args.which,) if args.which else PASSES
-    return [
+    tasks = [
         Task(p, w, which, twin)
         for p, w in selection
         for twin in twins
         for which in w.passes
-        if which in passes
+        if which in passes and p.launches(which)
     ]
+    if not tasks:
+        raise Stop(USAGE, "nothing to tune: no kernel of ours in these passes of these workloads")
+    return tasks
 
 
 def gate_step(tell: Callable[..., None]) -> Callable[[int, int, str], None]:

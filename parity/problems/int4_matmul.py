@@ -24,6 +24,8 @@ The pass "plan" makes weights, once: int4_quantize, w [N, K] -> w_packed, w_scal
 lo = min(w, 0) and hi = max(w, 0) of each group, the float32 quotients correctly rounded:
     s = (hi - lo) / 15 in w's dtype, 1 where it is 0       z = clip(rint(-lo / s), 0, 15)
     q = clip(rint(w / s) + z, 0, 15)                       there is one right answer, bit for bit
+
+The pass "prepack" is int4_prepack, which is done once for each model, and so timed apart.
 """
 
 from typing import Any
@@ -74,6 +76,12 @@ def _quantized(name: str, N: int, K: int, dtype: str, *tags: str, group: int = 1
     return Workload(name, sizes, dtype, (*tags, "quantize"), options, OPTIONAL, ("plan",))
 
 
+def _ordered(name: str, N: int, K: int, dtype: str, *tags: str, group: int = 128) -> Workload:
+    sizes = {"M": 0, "N": N, "K": K, "G": group}
+    tags = (*tags, "canonical", "prepack")
+    return Workload(name, sizes, dtype, tags, {"group": group}, ("bias",), ("prepack",))
+
+
 WORKLOADS = (
     # two tiles of N, the last one ragged; two blocks of K or more, the last one ragged where it can
     _ci("ci", 7, 264, 512, 128, "canonical", "w_zero", "bias", split_k=1),
@@ -96,6 +104,9 @@ WORKLOADS = (
         _quantized(f"int4_quantize_{N}x{K}", N, K, "bfloat16", "model", "memory-bound")
         for N, K in ((8192, 8192), (4096, 14336))
     ),
+    # two blocks of K and two words of zero points, the last ones ragged
+    _ordered("ci_prepack", 5, 416, "float16", "ci", group=32),
+    _ordered("int4_prepack_28672x8192", 28672, 8192, "bfloat16", "model", "memory-bound"),
 )
 
 
@@ -125,7 +136,7 @@ def outputs(work: Workload) -> dict[str, Array]:
 
 
 def cotangents(work: Workload) -> dict:
-    if "quantize" in work.tags:
+    if {"quantize", "prepack"} & {*work.tags}:
         return {}
     return {"dy": Normal((work["M"], work["N"]), work.dtype)}
 
@@ -219,10 +230,33 @@ def oracle_quantize(ar: Arithmetic, work: Workload, w: Any) -> tuple[Any, Any, A
     return tuple(x[:, 0::2] + 16 * x[:, 1::2] if x is not scale else x for x in (code, scale, zero))
 
 
+def _ordered_outputs(work: Workload) -> dict[str, Array]:
+    N, K, groups = work["N"], work["K"], work["K"] // work["G"]
+    return {
+        "w_packed": Array((-(-K // BLOCK_K), N, BLOCK_K // 4), "int16", exact=True),
+        "w_scale": Array((groups, N), work.dtype, exact=True),
+        "w_zero": Array((groups, N), "uint8", exact=True),
+    }
+
+
+def oracle_prepack(
+    ar: Arithmetic, work: Workload, w_packed: Any, w_scale: Any, w_zero: Any
+) -> tuple[Any, Any, Any]:
+    xp, (N, K, G) = ar.xp, (work[letter] for letter in "NKG")
+    code = _flat(xp, xp.stack((w_packed & 15, w_packed >> 4), axis=-1))
+    beyond = xp.full_like(code[:, :1], 8)
+    code = ar.lift(xp.concat([code, *[beyond] * (-K % BLOCK_K)], axis=1))
+    planes = xp.reshape(code, (N, -1, 4, BLOCK_K // 4))
+    words = sum(planes[:, :, i, :] * 16.0**i for i in range(4))
+    words = xp.where(words < 1 << 15, words, words - (1 << 16))  # a sign bit is a code's highest
+    zero = _flat(xp, xp.stack((w_zero & 15, w_zero >> 4), axis=-1))[:, : K // G]
+    return xp.moveaxis(words, 0, 1), ar.lift(w_scale).T, ar.lift(zero).T
+
+
 def probe(work: Workload) -> dict | None:
     """|x| and |scale| at most 3 and |q - z| at most 15: sums of 2^16 such products stay below 2^24,
     and their weights, at most 45, are exact in 16 bits."""
-    if "quantize" in work.tags:
+    if {"quantize", "prepack"} & {*work.tags}:
         return None  # its answer is exact for any weights
     drawn = inputs(work) | cotangents(work)
     return {
@@ -236,6 +270,8 @@ def cost(work: Workload, which: str) -> Cost:
     if which == "plan":  # min, max, divide, round, pack; read w, write the rest
         scales = N * (K // G) * (work.itemsize + 0.5)
         return Cost(flops=6 * N * K, bytes=N * K * (work.itemsize + 0.5) + scales)
+    if which == "prepack":  # two zero points to a byte become one
+        return Cost(flops=0, bytes=N * K + N * (K // G) * (2 * work.itemsize + 1.5))
     zero = 0 if "w_zero" in work.absent else 0.5
     weights = N * K / 2 + N * (K // G) * (work.itemsize + zero)
     bias = N * work.itemsize if which == "fwd" and "bias" not in work.absent else 0
@@ -300,7 +336,8 @@ def a_slice_left_out(case: Any) -> Any:
     return _changed(case, "x", change)
 
 
-_NUMERIC = ("norm", "tile", "peak", "bias", "zeros")
+# (the last where one answer is right, as of prepacked weights)
+_NUMERIC = ("norm", "tile", "peak", "bias", "zeros", "probe")
 
 PROBLEM = Problem(
     stem="int4_matmul",
@@ -334,7 +371,15 @@ PROBLEM = Problem(
             lambda work: dict(work.options),
             _quantized_outputs,
             oracle_quantize,
-        )
+        ),
+        "prepack": Further(
+            "int4_prepack",
+            ("w_packed", "w_scale", "w_zero"),
+            lambda work: {"group": work["G"]},
+            _ordered_outputs,
+            oracle_prepack,
+            kernels=False,
+        ),
     },
     keywords=("bias",),
     faults={
