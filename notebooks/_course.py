@@ -123,9 +123,10 @@ def twins(stem: str, function: str, stage: int | None = None, part: str = "kerne
         cuts[twin] = (path.relative_to(ROOT).as_posix(), *cut(path.read_text(), function, stage))
     title = f"{stem}: {part}" + (f", stage {stage}" if stage is not None else "")
     # Two columns where there is room; a code host that strips styles stacks them.
+    wrap = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere"
     blocks = "".join(
         f'<div style="min-width:0"><b>{NAMES[twin]}</b> {file}, from line {line}'
-        f'<pre style="font-size:80%;white-space:pre-wrap">{html.escape(code)}</pre>'
+        f'<pre style="font-size:80%;{wrap}">{_hanging(code)}</pre>'
         "</div>"
         for twin, (file, line, code) in cuts.items()
     )
@@ -136,6 +137,16 @@ def twins(stem: str, function: str, stage: int | None = None, part: str = "kerne
     )
     page = f'<div style="{columns}">{blocks}</div>'
     _display({"text/html": page, "text/plain": f"{title}\n{text}"})
+
+
+def _hanging(code: str) -> str:
+    """Code as HTML: what is too long for its column goes on below, indented by four more."""
+    lines = []
+    for line in code.splitlines():
+        n = len(line) - len(line.lstrip()) + 4
+        style = f"padding-left:{n}ch;text-indent:-{n}ch"
+        lines.append(f'<div style="{style}">{html.escape(line) or " "}</div>')
+    return "".join(lines)
 
 
 def cut(source: str, function: str, stage: int | None = None) -> tuple[int, str]:

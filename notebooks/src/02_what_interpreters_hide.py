@@ -63,9 +63,9 @@ course.reveal("percent_of_casts", round(100 * probes.wrong_casts(torch.bfloat16)
 # ## 2. The picture: what is seen, and by whom?
 #
 # Each cell of the first two columns was found just now, by a small kernel that does the forbidden
-# thing. The last column is what a GPU does, and no GPU is asked here: these are words, from
-# [silent lies](../docs/silent-lies.md). *Unseen* is the dangerous one: the kernel is wrong and
-# the answer is right, here.
+# thing. The last column is what a GPU does, and no GPU is asked here: it is what is known
+# ([silent lies](../docs/silent-lies.md) has more). *Unseen* is the dangerous word: the kernel is
+# wrong and the answer is right, here.
 
 # %%
 note = "Columns 1 and 2: found now. Column 3: known."
