@@ -85,6 +85,7 @@ WORKLOADS = (
 
 def inputs(work: Workload) -> dict:
     T, H = work["T"], work["H"]
+    whole_groups(H, work["Hq"])
     # a state lasts for some fifty tokens: what crosses chunks matters
     low = -4.0 if STEEP in work.tags else -0.04
     given = {
@@ -97,6 +98,12 @@ def inputs(work: Workload) -> dict:
         "cu_seqlens": cu_seqlens(work),
     }
     return {name: d for name, d in given.items() if name not in work.absent}
+
+
+def whole_groups(heads: int, groups: int) -> None:
+    """Raises ValueError unless every group has as many heads as any other."""
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{heads} heads make no {groups} groups of one size")
 
 
 def state(work: Workload) -> tuple[int, ...]:

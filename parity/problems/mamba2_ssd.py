@@ -68,6 +68,7 @@ WORKLOADS = (
 
 def inputs(work: Workload) -> dict:
     T, G, H, N, P = (work[n] for n in "TGHNP")
+    core.whole_groups(H, G)
     given = {
         "x": Normal((T, H, P), work.dtype),
         "dt": Uniform((T, H), "float32", 0.0, 0.1),

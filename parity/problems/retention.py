@@ -23,11 +23,11 @@ from parity.spec import Arithmetic, Array, Cost, Normal, Problem, Workload
 
 ARGUMENTS = ("q", "k", "v", "S0", "cu_seqlens")
 
-# sizes as decay_attention's: Hq is H, and outputs, cotangents are its too
+# outputs and cotangents are decay_attention's
 
 
 def sizes(T: int, B: int, H: int, K: int, V: int) -> dict[str, int]:
-    return core.sizes(T, B, H, H, K, V)
+    return {"T": T, "B": B, "H": H, "K": K, "V": V}
 
 
 def _ci(name: str, dims: dict[str, int], **more: Any) -> Workload:
@@ -97,8 +97,13 @@ def oracle_bwd(
 
 def cost(work: Workload, which: str) -> Cost:
     """decay_attention's, without any gates."""
-    tags, absent = (*work.tags, core.CONSTANT), (*work.absent, "i")
-    return core.cost(replace(work, tags=tags, absent=absent), which)
+    plain = replace(
+        work,
+        sizes={**work.sizes, "Hq": work["H"]},
+        tags=(*work.tags, core.CONSTANT),
+        absent=(*work.absent, "i"),
+    )
+    return core.cost(plain, which)
 
 
 def reduction(work: Workload, name: str) -> int:
