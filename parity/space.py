@@ -51,6 +51,16 @@ AXES: Mapping[str, Axes] = {
     },
 }
 
+# What a stem tries in place of its family's values.
+OWN: Mapping[str, Axes] = {
+    # its weights are on the left, and its tokens, often few, are a wgmma's columns: 8 or more
+    "int4_matmul": {
+        "block_n": (64, 128, 256),
+        "block_m": (8, 16, 32, 64, 128, 256),
+        "warpgroups": (1, 2, 3, 4),
+    },
+}
+
 # Fields that a pass does not read: its Configs would all be one.
 UNREAD: Mapping[tuple[str, str, str], tuple[str, ...]] = {
     ("rms_norm", "pallas", "fwd"): ("programs",),
@@ -60,7 +70,8 @@ UNREAD: Mapping[tuple[str, str, str], tuple[str, ...]] = {
 def axes(problem: Problem, work: Workload, which: str, twin: str, start: Config) -> Axes:
     """Field -> the values to try, the start's own among them, ascending.
 
-    A tile stays under twice the size it covers: block_n under 2 * N, where the workload has an N.
+    A tile stays under twice the size it covers: block_n under 2 * N, where the workload has an N;
+    the smallest is always tried.
 
     Raises:
         LookupError: no table for the problem's family.
@@ -72,11 +83,11 @@ def axes(problem: Problem, work: Workload, which: str, twin: str, start: Config)
         )
     unread = UNREAD.get((problem.stem, twin, which), ())
     found: Axes = {}
-    for name, values in AXES[problem.family].items():
+    for name, values in (AXES[problem.family] | OWN.get(problem.stem, {})).items():
         if name not in start or name in unread:
             continue
         letter = name.removeprefix("block_").upper() if name.startswith("block_") else ""
-        most = 2 * work.sizes.get(letter, max(values))
+        most = max(2 * work.sizes.get(letter, max(values)), min(values) + 1)
         found[name] = tuple(sorted({start[name], *(v for v in values if v < most or not letter)}))
     return found
 

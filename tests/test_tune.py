@@ -107,6 +107,21 @@ def test_a_tile_stays_under_twice_what_it_covers():
     assert found["block_n"] == (64, 1024, 2048, 4096)
 
 
+def test_few_tokens_are_tried_in_small_tiles_by_many_warpgroups():
+    int4 = problem("int4_matmul")
+    pallas = vars(importlib.import_module("pallas_kernels.int4_matmul").Config()).copy()
+    tokens = {
+        "llama70b_up_m1": (8,),
+        "llama70b_up_m16": (8, 16),
+        "llama70b_up_m64": (8, 16, 32, 64),
+    }
+    for name, tiles in tokens.items():
+        found = space.axes(int4, int4.workload(name), "fwd", "pallas", pallas | {"block_m": 8})
+        assert found["block_m"] == tiles and found["warpgroups"] == (1, 2, 3, 4)
+    dense = space.axes(problem("matmul"), problem("matmul").workloads[-1], "fwd", "pallas", pallas)
+    assert 4 not in dense["warpgroups"]  # its family's
+
+
 def test_a_problem_of_an_unknown_family_is_said_so():
     odd = dataclasses.replace(problem("softmax"), stem="scan", family="recurrence")
     with pytest.raises(LookupError, match="no axes for the family 'recurrence'"):
