@@ -43,6 +43,7 @@ from .decay_attention_states import (
     check_gates,
     check_states,
     check_tokens,
+    constant_decay,
     decays,
     entering_states,
     find_span,
@@ -105,18 +106,25 @@ def default_config(
 
 
 @triton.jit
+def decayed(b, lane):
+    """exp(b[t] - b[j]) for j <= t, else 0: what is masked could overflow. [t, j]"""
+    seen = lane[:, None] >= lane[None, :]
+    return tl.exp2(tl.where(seen, b[:, None] - b[None, :], float("-inf")))
+
+
+@triton.jit
 def _decay_attention_fwd_kernel(
     q_all,  # [T, Hq, K]: a TMA descriptor that ends at any token, or a pointer
     k_all,  # [T, Hq, K]
     v_all,  # [T, H, V]
-    b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
-    u_ptr,  # [H, T] float32 or None
+    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # [H, slots, chunk] float32 or None
     D_ptr,  # [H] float32 or None: y += D v
     cu_ptr,  # [B + 1] int32
     enters_ptr,  # [spans, H, K, V] float32 or None
     y_all,  # [T, H, V]
     S_T_ptr,  # [B, H, K, V] float32
-    T, B, span, H, group, scale, stride_q, stride_k, stride_v,
+    T, B, span, slots, H, group, scale, stride_q, stride_k, stride_v,
     stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
     stride_D: tl.constexpr, stride_Dv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     chunk: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
@@ -130,34 +138,41 @@ def _decay_attention_fwd_kernel(
     v = v0 + tl.arange(0, block_v)
     h = tile // num_v % H
     p = tile // num_v // H
-    s, first, end, _, ends, _ = find_span(cu_ptr, p, T, B, span, chunk, block_b)
+    s, first, end, _, ends, slot = find_span(cu_ptr, p, T, B, span, chunk, block_b)
     if s < 0:
         return
     exist = (k < K)[:, None] & (v < V)[None, :]
     S = tl.zeros((block_k, block_v), tl.float32)
     if enters_ptr is not None:
         S = tl.load(state_ptr(enters_ptr, p, h, H, k, v, K, V, transposed), exist, 0.0)
+    s = tl.where(ends, s, -1)
     lane = tl.arange(0, chunk)
-    causal = lane[:, None] >= lane[None, :]
+    if constant:  # the same in every chunk
+        g = constant_decay(b_ptr, h)
+        always = decayed(g * lane, lane)
 
     # --- 2. main loop
-    for t0 in tl.range(first, end, chunk):
-        t = t0 + lane
+    for t0 in tl.range(first, end, chunk, disable_licm=True):
         hq = h // group
         q = load_tokens(q_all, stride_q, stride_qh, t0, end, hq, 0, K, chunk, block_k, tma)
         k_tile = load_tokens(k_all, stride_k, stride_kh, t0, end, hq, 0, K, chunk, block_k, tma)
         v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
-        b, b_n = decays(b_ptr, h, t, t0, end, T, constant)
-        u = weights(u_ptr, h, t, end, T)
+        n = tl.minimum(end - t0, chunk)
+        b, b_n = decays(b_ptr, h, slot, slots, n, lane, constant)
 
-        qk = tl.dot(q, k_tile.T)  # [chunk, chunk]
-        w = tl.exp2(tl.where(causal, b[:, None] - b[None, :], float("-inf")))
-        p_tile = (qk * w * (scale * u)[None, :]).to(v_tile.dtype)
-        acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]
-        acc = tl.dot(p_tile, v_tile, acc)  # [chunk, block_v]
+        acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]  # [chunk, block_v]
+        p_tile = tl.dot(q, k_tile.T)  # [chunk, chunk]
+        u = weights(u_ptr, h, slot, slots, lane)
+        if constant:
+            p_tile *= always
+        else:
+            p_tile *= decayed(b, lane)
+        p_tile *= (scale * u)[None, :]
         a = tl.exp2(b_n - b) * u
         v_weighted = (v_tile.to(tl.float32) * a[:, None]).to(v_tile.dtype)
         S = tl.dot(k_tile.T, v_weighted, S * tl.exp2(b_n))
+        acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
+        slot += 1
 
         # --- 3. epilogue
         if D_ptr is not None:
@@ -165,7 +180,7 @@ def _decay_attention_fwd_kernel(
             acc += D[None, :] * v_tile.to(tl.float32)
         # --- 4. store
         store_tokens(y_all, acc, t0, end, h, v0, H, V, chunk, block_v, tma)
-    if ends:
+    if s >= 0:
         tl.store(state_ptr(S_T_ptr, s, h, H, k, v, K, V, transposed), S, exist)
 
 
@@ -200,9 +215,10 @@ def forward(
     tokens = (operand(x, chunk, block_k, tma) for x in (q, k))
     _decay_attention_fwd_kernel[(most_spans(T, B, span) * H * _lib.cdiv(V, block_v),)](
         *tokens, operand(v, chunk, block_v, tma), decay[0], u, D, cu_seqlens, enters,
-        operand(y, chunk, block_v, tma), S_T, T, B, span, H, H // Hq, scale,
-        q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), *stride_D,
-        K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)), decay[1], transposed, tma,
+        operand(y, chunk, block_v, tma), S_T, T, B, span, most_spans(T, B, chunk), H, H // Hq,
+        scale, q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1),
+        *stride_D, K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)), decay[1],
+        transposed, tma,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return [y, S_T]
