@@ -638,7 +638,12 @@ def _io_callback(*args: Any, callback: Any, **params: Any) -> Any:
     if not _of_the_interpreter(callback):
         stock = _stock()[_jax().callback, "io_callback_impl"]
         return stock(*args, callback=callback, **params)
-    return [np.asarray(x) for x in callback(*args)]
+    try:
+        return [np.asarray(x) for x in callback(*args)]
+    except BaseException:
+        # As jax does, in the same words: the log is where the error is whole, with its frames.
+        logging.getLogger("jax._src.callback").exception("jax.io_callback failed")
+        raise
 
 
 def _to_int(x: Any) -> Any:
