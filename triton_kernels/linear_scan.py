@@ -223,7 +223,7 @@ def _linear_scan_fwd_kernel(
             s += 1
             h = initial(h0_ptr, s, c, W, B, False)
             begin = stop
-            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, False)
+            stop = bound(cu_ptr, s + 1, T, B, False)
         k0, a_tile, b_tile = k_next, a_next, b_next
 
 
@@ -298,7 +298,7 @@ def _linear_scan_bwd_kernel(
             s += 1
             v = initial(dh_T_ptr, s, c, W, B, True)
             begin = stop
-            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, True)
+            stop = bound(cu_ptr, s + 1, T, B, True)
         k0, a_tile, dh_tile, h_tile = k_next, a_next, dh_next, h_next
 
 

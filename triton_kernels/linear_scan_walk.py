@@ -59,7 +59,8 @@ def compose(a1, b1, c1, d1, a2, b2, c2, d2):
 
 @triton.jit
 def bound(cu_ptr, s, T, B, reverse: tl.constexpr):
-    """The step at which the sequence with number s begins."""
+    """The step at which the sequence with number s begins, or the last one ends."""
+    s = tl.minimum(s, B)  # a wrong cu_seqlens has chunks behind its last sequence
     return T - tl.load(cu_ptr + B - s) if reverse else tl.load(cu_ptr + s)
 
 

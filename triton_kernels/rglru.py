@@ -238,7 +238,7 @@ def _rglru_fwd_kernel(
             s += 1
             h = initial(h0_ptr, s, c, W, B, False)
             begin = stop
-            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, False)
+            stop = bound(cu_ptr, s + 1, T, B, False)
         k0, x_tile, r_tile, i_tile = k_next, x_next, r_next, i_next
 
 
@@ -337,7 +337,7 @@ def _rglru_bwd_kernel(
             s += 1
             v = initial(dh_T_ptr, s, c, W, B, True)
             begin = stop
-            stop = bound(cu_ptr, tl.minimum(s + 1, B), T, B, True)
+            stop = bound(cu_ptr, s + 1, T, B, True)
         k0, r_tile, dh_tile = k_next, r_next, dh_next
 
     tl.store(sums_ptr + ci.to(tl.int64) * W + c, tl.sum(sums, 0), c < W)

@@ -65,7 +65,7 @@ def traffic(each: Callable[[Touch], None] | None = None) -> Iterator[Traffic]:
     def seen(self: Any, pointers: Any, mask: Any, stored: bool) -> int:
         itemsize = pointers.get_element_ty().primitive_bitwidth // 8
         if each:
-            each(Touch(self.grid_idx, stored, pointers.data, mask.data, itemsize))
+            each(Touch(self.grid_idx, stored, pointers.data, mask.data.astype(bool), itemsize))
         return int(mask.data.sum()) * itemsize
 
     def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
