@@ -44,6 +44,8 @@ CAP = {
 # it: the model's error says what is usual only where there are more numbers than this. Of fewer in
 # float32, which are sums of such products, the cap alone is asked.
 FEW = 64
+# SPECS 0.3 for gradients of gates in float32, of however many numbers.
+GATES = 1e-4
 # of a number in a dtype of 16 bits, relative to it
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
@@ -72,8 +74,10 @@ def limit(family: str, spec: Array, yardstick: float, terms: int) -> float:
         return min(allowed, CAP.get((family, spec.dtype), math.inf))
     # no rounding of the output to hide behind: SPECS 0.3 for a sum of that length
     allowed = max(allowed, 2e-6 * math.sqrt(max(1, terms) / 1024) + 1e-6)
-    few = spec.of and math.prod(spec.shape) < FEW
-    return max(allowed, CAP[family, spec.of]) if few else allowed
+    if spec.of:
+        few = math.prod(spec.shape) < FEW
+        allowed = max(allowed, CAP[family, spec.of] if few else GATES)
+    return allowed
 
 
 def judge(

@@ -182,7 +182,8 @@ Descriptor = Normal | Uniform | Integers | Keep | Routing | Given
 @dataclass(frozen=True)
 class Array:
     """Shape and dtype of an output or a gradient; exact: one answer is right, every bit of it, as
-    with whole numbers of any dtype; of: float32 numbers are sums of products of this dtype."""
+    with whole numbers of any dtype; of: gradients of gates, in float32, out of products of this
+    dtype."""
 
     shape: tuple[int, ...]
     dtype: str

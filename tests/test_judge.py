@@ -47,19 +47,20 @@ def test_every_cheating_kernel_is_caught(problem, work, twin, tally):
 
 
 def test_limits_follow_the_yardstick_and_the_caps():
-    bf16, f32 = Array((64, 64), "bfloat16"), Array((64, 64), "float32", of="bfloat16")
+    bf16, f32 = Array((64, 64), "bfloat16"), Array((64, 64), "float32")
     assert limit("gemm", bf16, 1.6e-3, 4096) == pytest.approx(2.4e-3 + 1e-6)
     assert limit("gemm", bf16, 2.5e-3, 4096) == 3e-3
     assert limit("gemm", f32, 1e-7, 4096) == pytest.approx(5e-6)
 
 
 def test_a_few_sums_of_rounded_products_make_no_yardstick():
-    """Their error is luck: the cap for gradients of gates is all that is asked."""
+    """Their error is luck: the cap for gradients of gates is all that is asked, and of many that
+    they are as float32's."""
     for shape, of, allowed in (
         ((4,), "float16", 5e-3),
         ((4,), "bfloat16", 1.5e-2),
         ((4,), "", 3e-5 + 1e-6),
-        ((64,), "float16", 3e-5 + 1e-6),
+        ((64,), "float16", 1e-4),
     ):
         spec = Array(shape, "float32", of=of)
         assert limit("scan", spec, 2e-5, 141) == pytest.approx(allowed)

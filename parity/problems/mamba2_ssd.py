@@ -105,7 +105,10 @@ def cotangents(work: Workload) -> dict:
 def grads(work: Workload) -> dict[str, Array]:
     found = inputs(work)
     del found["cu_seqlens"]
-    return {"d" + name: Array(d.shape, d.dtype, of=work.dtype) for name, d in found.items()}
+    gates = dict.fromkeys(("dt", "A", "dt_bias"), work.dtype)
+    if "z" not in work.absent:
+        gates["D"] = work.dtype  # what it sums was rounded
+    return {"d" + n: Array(d.shape, d.dtype, of=gates.get(n, "")) for n, d in found.items()}
 
 
 def sigmoid(ar: Arithmetic, x: Any) -> Any:

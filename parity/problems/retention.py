@@ -62,7 +62,7 @@ def inputs(work: Workload) -> dict:
 def grads(work: Workload) -> dict[str, Array]:
     found = inputs(work)
     del found["cu_seqlens"]
-    return {"d" + name: Array(d.shape, d.dtype, of=work.dtype) for name, d in found.items()}
+    return {"d" + name: Array(d.shape, d.dtype) for name, d in found.items()}
 
 
 def log_decays(heads: int) -> np.ndarray:
