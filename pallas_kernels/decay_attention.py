@@ -49,9 +49,8 @@ from .decay_attention_states import (
     Walk,
     across,
     barriers,
-    check_chunk,
     check_gates,
-    check_sequences,
+    check_states,
     check_tokens,
     clear,
     down,
@@ -275,6 +274,35 @@ def forward(
     return y[:T, :, :V], S_T[:, :, :rows, :columns]
 
 
+def gradients(
+    q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, gates: jax.Array,
+    S0: jax.Array | None, dS_T: jax.Array | None, D: jax.Array | None, cu_seqlens: jax.Array, *,
+    scale: float, transposed: bool, config: Config | None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """(dS0, dq, dk, dv, dgates), and dD [H, V] with D; dgates [slots, H, 132] as gates are."""
+    (T, groups, K), (_, H, V), B = q.shape, v.shape, len(cu_seqlens) - 1
+    config = config or default_config(T, B, groups, H, K, V, q.dtype, "bwd")
+    check_fits(config, groups, H, K, V)
+    q, k, v, dy, D = padded(config, q, k, v, dy.astype(v.dtype), D)
+    S0, dS_T = (padded_state(config, S, transposed) for S in (S0, dS_T))
+    dS0, dq, dk, dv, dgates, *dD = backward(
+        q, k, v, dy, gates, S0, dS_T, D, cu_seqlens, span=span_of(q.shape[0], config), scale=scale,
+        transposed=transposed, config=config,
+    )  # fmt: skip
+    rows, columns = (V, K) if transposed else (K, V)
+    found = (dS0[:, :, :rows, :columns], dq[:T, :, :K], dk[:T, :, :K], dv[:T, :, :V], dgates)
+    return *found, *(x[:, :V] for x in dD)
+
+
+def _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config) -> None:
+    check_tokens({"q": q, "k": k, "v": v}, chunk)
+    T, H, V = v.shape
+    check_gates(g, i, T, H)
+    check_states(cu_seqlens, (H, q.shape[2], V), S0=S0)
+    _lib.check_static("scale", scale, (float, int))
+    _lib.check_config(config, Config)
+
+
 def decay_attention_check(cu_seqlens: jax.Array, *, T: int) -> None:
     """Raises ValueError if cu_seqlens [B + 1] does not grow from 0 to T; it waits for the device.
 
@@ -297,7 +325,7 @@ def decay_attention_fwd(
     config: Config | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     """As `decay_attention`, and what the backward needs: res = (q, k, v, g, i, S0, cu_seqlens)."""
-    check_chunk(chunk)
+    _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
     (T, H, V), K, B = v.shape, q.shape[2], len(cu_seqlens) - 1
     res = (q, k, v, g, i, S0, cu_seqlens)
     if 0 in (T, H, K, V, B):
@@ -328,28 +356,26 @@ def decay_attention_bwd(
 
     Returns (dq, dk, dv, dg), then di if there is an i, and dS0 if there is an S0.
     """
-    check_chunk(chunk)
     q, k, v, g, i, S0, cu_seqlens = res
-    (T, H, V), (_, groups, K), B = v.shape, q.shape, len(cu_seqlens) - 1
+    _check(*res, scale, chunk, config)
+    (T, H, V), K, B = v.shape, q.shape[2], len(cu_seqlens) - 1
     if 0 in (T, H, K, V, B):
         dS0 = jnp.zeros((B, H, K, V), jnp.float32) if dS_T is None else dS_T
         found = [jnp.zeros_like(x) for x in (q, k, v, g, i) if x is not None]
         return (*found, *([] if S0 is None else [dS0]))
-    config = config or default_config(T, B, groups, H, K, V, q.dtype, "bwd")
-    check_fits(config, groups, H, K, V)
+    _lib.check_array("dy", dy, tuple(v.shape), None)
+    check_states(cu_seqlens, (H, K, V), dS_T=dS_T)
     gates = gates_of(g, i, cu_seqlens, T, H)
-    arrays = padded(config, q, k, v, dy.astype(v.dtype))
-    dS0, dq, dk, dv, dgates = backward(
-        *arrays, gates, *(padded_state(config, S, False) for S in (S0, dS_T)), None, cu_seqlens,
-        span=span_of(arrays[0].shape[0], config), scale=float(scale), transposed=False,
+    dS0, dq, dk, dv, dgates = gradients(
+        q, k, v, dy, gates, S0, dS_T, None, cu_seqlens, scale=float(scale), transposed=False,
         config=config,
     )  # fmt: skip
     dg, di = gates_bwd(dgates, gates, cu_seqlens, T, constant=g.ndim == 1, weighted=i is not None)
-    found = [dq[:T, :, :K], dk[:T, :, :K], dv[:T, :, :V], dg]
+    found = [dq, dk, dv, dg]
     if i is not None:
         found.append(di)
     if S0 is not None:
-        found.append(dS0[:, :, :K, :V])
+        found.append(dS0)
     return _lib.vary_alike(*found, q)[:-1]
 
 
@@ -400,15 +426,7 @@ def decay_attention(
 
     Raises ValueError for a wrong rank or size and TypeError for a wrong dtype or config.
     """
-    check_tokens(q, k, v)
-    T, H, V = v.shape
-    check_gates("g", g, T, H, constant=True)
-    if i is not None:
-        check_gates("i", i, T, H)
-    check_sequences(cu_seqlens, H, S0=(S0, (q.shape[2], V)))
-    _lib.check_static("scale", scale, (float, int))
-    check_chunk(chunk)
-    _lib.check_config(config, Config)
+    _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config)
     alike = iter(_lib.vary_alike(*(x for x in (q, k, v, g, i, S0, cu_seqlens) if x is not None)))
     given = (None if x is None else next(alike) for x in (q, k, v, g, i, S0, cu_seqlens))
     return _decay_attention(*given, float(scale), config)

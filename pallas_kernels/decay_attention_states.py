@@ -47,46 +47,51 @@ ROW, COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)  # one value for each row, for 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def check_tokens(q: Any, k: Any, v: Any, rows: str = "T") -> None:
-    if any(getattr(x, "dtype", None) == jnp.float32 for x in (q, k, v)):
-        raise TypeError(
-            "q, k, v: expected dtype bfloat16 or float16, got float32, which wgmma would round to "
-            "TF32 (10 bits of mantissa)"
-        )
-    _lib.check_array("q", q, (rows, "Hq", "K"), DTYPES)
-    T, groups, K = q.shape
-    if K > 256 or K % 16:
-        raise ValueError(f"q: expected a K that is a multiple of 16 up to 256, got {K}")
-    _lib.check_array("k", k, tuple(q.shape), (q.dtype,))
-    _lib.check_array("v", v, (T, "H", "V"), (q.dtype,))
-    _, H, V = v.shape
+def check_tokens(tokens: dict[str, Any], chunk: Any = CHUNK, rows: str = "T") -> None:
+    """Raises unless q, k [T, Hq, K] and v [T, H, V] of one dtype, by the names of their arguments,
+    fit one another and the kernels' tiles."""
+    for name, x in tokens.items():
+        if getattr(x, "dtype", None) == jnp.float32:
+            raise TypeError(
+                f"{name}: expected dtype bfloat16 or float16, got float32, which wgmma would round "
+                "to TF32 (10 bits of mantissa)"
+            )
+    (q_name, q), (k_name, k), (v_name, v) = tokens.items()
+    _lib.check_array(q_name, q, (rows, "Hq", "K"), DTYPES)
+    T, Hq, K = q.shape
+    _lib.check_array(k_name, k, (T, Hq, K), (q.dtype,))
+    _lib.check_array(v_name, v, (T, "H", "V"), (q.dtype,))
+    H, V = v.shape[1:]
+    if K % 16 or K > 256:
+        raise ValueError(f"{q_name}: expected a width K of 16, 32, .. 256, got {K}")
     if V % 16:
-        raise ValueError(f"v: expected a V that is a multiple of 16, got {V}")
-    if groups == 0 or H % groups:
-        raise ValueError(f"v: expected heads that are a multiple of the Hq = {groups}, got {H}")
-
-
-def check_gates(name: str, x: Any, T: int, H: int, constant: bool = False) -> None:
-    if constant and getattr(x, "ndim", 2) == 1:
-        _lib.check_array(name, x, (H,), (jnp.float32,))
-    else:
-        _lib.check_array(name, x, (T, H), (jnp.float32,))
-
-
-def check_sequences(cu_seqlens: Any, H: int, **states: Any) -> None:
-    """Raises unless cu_seqlens and the states given, with the sizes of one, fit."""
-    _lib.check_array("cu_seqlens", cu_seqlens, ("B + 1",), (jnp.int32,))
-    if len(cu_seqlens) == 0:
-        raise ValueError("cu_seqlens: expected shape [B + 1], got [0]")
-    for name, (state, sizes) in states.items():
-        if state is not None:
-            _lib.check_array(name, state, (len(cu_seqlens) - 1, H, *sizes), (jnp.float32,))
-
-
-def check_chunk(chunk: Any) -> None:
+        raise ValueError(f"{v_name}: expected a width V that is a multiple of 16, got {V}")
+    if H and (Hq == 0 or H % Hq):
+        raise ValueError(
+            f"{v_name}: expected heads that are a multiple of the {Hq} of {q_name}, got {H}"
+        )
     _lib.check_static("chunk", chunk, (int,))
     if chunk != CHUNK:
         raise ValueError(f"chunk: expected {CHUNK}, the rows of a wgmma, got {chunk}")
+
+
+def check_gates(g: Any, i: Any, T: int, H: int) -> None:
+    """Raises unless g is [T, H] or [H], and i [T, H] if there is one."""
+    constant = getattr(g, "ndim", 2) == 1
+    _lib.check_array("g", g, (H,) if constant else (T, H), (jnp.float32,))
+    if i is not None:
+        _lib.check_array("i", i, (T, H), (jnp.float32,))
+
+
+def check_states(cu_seqlens: Any, sizes: tuple[int, ...], **states: Any) -> None:
+    """Raises unless cu_seqlens has the form of bounds, and states are [B, *sizes]; it does not look
+    at what the bounds are."""
+    _lib.check_array("cu_seqlens", cu_seqlens, ("B + 1",), (jnp.int32,))
+    if len(cu_seqlens) == 0:
+        raise ValueError("cu_seqlens: expected shape [B + 1], got [0]")
+    for name, S in states.items():
+        if S is not None:
+            _lib.check_array(name, S, (len(cu_seqlens) - 1, *sizes), (jnp.float32,))
 
 
 def most_spans(T: int, B: int, span: int) -> int:

@@ -79,11 +79,9 @@ def decay_attention_step(
     q, k: [B, Hq, K], v: [B, H, V], g: [B, H] or [H], i: [B, H] or None, S: [B, H, K, V] or None, as
     in decay_attention. There is no gradient.
     """
-    check_tokens(q, k, v, "B")
+    check_tokens({"q": q, "k": k, "v": v}, rows="B")
     (B, H, V), K = v.shape, q.shape[2]
-    check_gates("g", g, B, H, constant=True)
-    if i is not None:
-        check_gates("i", i, B, H)
+    check_gates(g, i, B, H)
     if S is not None:
         _lib.check_array("S", S, (B, H, K, V), (jnp.float32,))
     _lib.check_static("scale", scale, (float, int))
