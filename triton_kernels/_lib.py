@@ -73,11 +73,11 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def check_layout(
+def check_tensor(
     name: str, x: Any, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Raises unless x is a tensor of that shape (a letter stands for any size), of one of those
-    dtypes."""
+    dtypes, on a device where the kernel can run."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     fits = len(x.shape) == len(shape) and all(
@@ -90,13 +90,6 @@ def check_layout(
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         got = str(x.dtype).removeprefix("torch.")
         raise TypeError(f"{name}: expected dtype {names}, got {got}")
-
-
-def check_tensor(
-    name: str, x: Any, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """As check_layout, and raises unless x lies on a device where the kernel can run."""
-    check_layout(name, x, shape, dtypes)
     if INTERPRETING:
         if x.device.type != "cpu":
             raise ValueError(

@@ -41,11 +41,11 @@ def int4_from_gptq(
     out of order (`desc_act`), and in version 1 a stored 15, of which readers make 0 or 16.
     """
     _check_version(version)
-    _lib.check_layout("qweight", qweight, ("K / 8", "N"), WORDS)
+    _check("qweight", qweight, ("K / 8", "N"), WORDS)
     K, N = 8 * qweight.shape[0], qweight.shape[1]
     zero = _zeros_of(qzeros, scales, K, N)
     if g_idx is not None:
-        _lib.check_layout("g_idx", g_idx, (K,), WORDS)
+        _check("g_idx", g_idx, (K,), WORDS)
         if not torch.equal(g_idx, _group_of(K, len(scales), g_idx)):
             raise ValueError("g_idx: expected k // group, got groups out of order (desc_act)")
     if version == 1:
@@ -83,7 +83,7 @@ def int4_from_awq(
 
     Raises TypeError for dtypes and ValueError for shapes that do not fit, or an odd K.
     """
-    _lib.check_layout("qweight", qweight, ("K", "N / 8"), WORDS)
+    _check("qweight", qweight, ("K", "N / 8"), WORDS)
     K, N = qweight.shape[0], 8 * qweight.shape[1]
     if K % 2:
         raise ValueError(f"qweight: expected an even K, got {K}")
@@ -108,6 +108,22 @@ def int4_to_awq(
     )
 
 
+def _check(name: str, x: Tensor, shape: tuple[int | str, ...], dtypes: tuple) -> None:
+    """_lib.check_tensor's, but for the device: files are loaded to the host too."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    sizes = [
+        isinstance(want, str) or want == got for want, got in zip(shape, x.shape, strict=False)
+    ]
+    if x.ndim != len(shape) or not all(sizes):
+        letters = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape [{letters}], got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {names}, got {got}")
+
+
 def _check_version(version: int) -> None:
     _lib.check_static("version", version, (int,))
     if version not in (1, 2):
@@ -116,21 +132,21 @@ def _check_version(version: int) -> None:
 
 def _zeros_of(qzeros: Tensor, scales: Tensor, K: int, N: int) -> Tensor:
     """A file's zero points as stored, [K / G, N], after all sizes have been checked."""
-    _lib.check_layout("scales", scales, ("K / group", N), SCALES)
+    _check("scales", scales, ("K / group", N), SCALES)
     groups = scales.shape[0]
     if N % 8:
         raise ValueError(f"qweight: expected 8 to divide N = {N}")
     if not groups or K % groups:
         raise ValueError(f"scales: expected groups that divide K = {K}, got {groups}")
-    _lib.check_layout("qzeros", qzeros, (groups, N // 8), WORDS)
+    _check("qzeros", qzeros, (groups, N // 8), WORDS)
     return _codes(qzeros)
 
 
 def _zeros(w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None) -> Tensor:
     """Our zero points, [K / G, N], one to a byte, after all sizes have been checked."""
-    _lib.check_layout("w_packed", w_packed, ("N", "K / 2"), (torch.uint8,))
+    _check("w_packed", w_packed, ("N", "K / 2"), (torch.uint8,))
     N, K = w_packed.shape[0], 2 * w_packed.shape[1]
-    _lib.check_layout("w_scale", w_scale, (N, "K / group"), SCALES)
+    _check("w_scale", w_scale, (N, "K / group"), SCALES)
     groups = w_scale.shape[1]
     if N % 8:
         raise ValueError(f"w_packed: expected 8 to divide N = {N}")
@@ -138,7 +154,7 @@ def _zeros(w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None) -> Tensor:
         raise ValueError(f"w_scale: expected groups that divide K = {K}, got {groups}")
     if w_zero is None:
         return w_packed.new_full((groups, N), ZERO)
-    _lib.check_layout("w_zero", w_zero, (N, 4 * _lib.cdiv(groups, 8)), (torch.uint8,))
+    _check("w_zero", w_zero, (N, 4 * _lib.cdiv(groups, 8)), (torch.uint8,))
     return _nibbles(w_zero)[:, :groups].t()
 
 
