@@ -125,6 +125,9 @@ def sentence(error: BaseException) -> str:
     if not inner and first.endswith(":"):  # what differs stands in the next line
         first += " " + next(filter(None, (line.strip(" *") for line in lines[1:])), "")
     first = re.sub(r" of HostAllocationKey\([^)]*\)", "", first).rstrip(".: ")
+    first = re.sub(r" on thread Warpgroup\([^)]*\)", "", first)
+    if "copy_smem_to_gmem" in first and "before kernel finished" in first:
+        first += " (plgpu.wait_smem_to_gmem(0) waits for them)"
     if "TracerBoolConversionError" in first:
         first += " (if, and, max and the like cannot ask a value inside a kernel: jnp.where can)"
     frames = (f for e in chain for f in reversed(traceback.extract_tb(e.__traceback__)))

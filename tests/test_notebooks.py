@@ -236,8 +236,10 @@ def test_both_languages_are_metered_alike(tmp_path: Path):
     [
         ("plgpu.barrier_wait()", "TypeError: .*missing 1 required"),
         ("plgpu.barrier_wait(arrived)\n    plgpu.barrier_wait(arrived)", "waits for ever"),
+        ("plgpu.barrier_wait(arrived)\n    plgpu.copy_smem_to_gmem(x_smem, out_gmem.at[part])",
+         r"wait_smem_to_gmem\(0\) waits for them"),
     ],
-)
+)  # fmt: skip
 def test_a_broken_kernel_is_told_in_a_sentence(
     wait: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
