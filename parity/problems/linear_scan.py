@@ -41,8 +41,10 @@ STATES = ("h0",)
 def lengths(work: Workload) -> list[int]:
     """Tokens of every sequence: B alike, or drawn, with an empty one among them."""
     T, B = work["T"], work["B"]
-    if "ragged" not in work.tags:
-        return [T // B] * B
+    if B < 1:
+        raise ValueError(f"B is {B}: expected at least one sequence")
+    if "ragged" not in work.tags or B == 1:
+        return [T * (s + 1) // B - T * s // B for s in range(B)]
     drawn = np.random.default_rng(T).dirichlet(np.ones(B - 1)) * T
     cuts = [0, *np.round(np.cumsum(drawn)).astype(int)]
     found = [int(b - a) for a, b in itertools.pairwise(cuts)]
