@@ -263,6 +263,15 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
         dk, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, K), 0.0), none, none))
         put(dk_gmem, dk)
 
+    if dD_gmem:
+
+        @pl.when((wg == 1) & (live == 0))
+        def _none() -> None:
+            @pl.loop(0, heads * parts)
+            def _(i: Any) -> None:
+                h, v = place(i)
+                dD_gmem[0][p, h, v] = none
+
     walk.end()
     plgpu.wait_smem_to_gmem(0)
 
