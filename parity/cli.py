@@ -112,7 +112,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     def one_pass(sub: _Parser) -> None:
         # parity.spec's, which is not imported for a word of help
-        passes = ("fwd", "bwd", "dw", "plan", "blocks", "cols", "int8", "e4m3", "prepack")
+        passes = "fwd bwd dw plan blocks cols int8 e4m3 prepack atomic".split()
         sub.add_argument("--pass", dest="which", choices=passes, help="only this one")
 
     def choosing(sub: _Parser, default: str, *, impl: bool = True) -> None:

@@ -16,7 +16,7 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 
-PASSES = ("fwd", "bwd", "dw", "plan", "blocks", "cols", "int8", "e4m3", "prepack")
+PASSES = ("fwd", "bwd", "dw", "plan", "blocks", "cols", "int8", "e4m3", "prepack", "atomic")
 # a problem has the first, most the second, others as `further` says
 
 NUMPY_DTYPES: Mapping[str, np.dtype] = types.MappingProxyType(
@@ -353,8 +353,8 @@ class Problem:
     bundles: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     # argument -> (a class of both twins' files, the inputs it is made of; None for an absent one)
     further: Mapping[str, Further] = field(default_factory=dict)  # pass -> the function behind it
-    unordered: tuple[str, ...] = ()  # results that are summed in no order, of *_atomic problems
-    # alone: their last bits may differ from run to run
+    unordered: tuple[str, ...] = ()  # results that are summed in no order, of functions named
+    # *_atomic alone: their last bits may differ from run to run
     faults: Mapping[Callable[[Any], Any], tuple[str, ...]] = field(default_factory=dict)
     # as parity.faults.ANSWERS: wrong answers that only this problem can give
 

@@ -25,7 +25,8 @@ lo = min(w, 0) and hi = max(w, 0) of each group, the float32 quotients correctly
     s = (hi - lo) / 15 in w's dtype, 1 where it is 0       z = clip(rint(-lo / s), 0, 15)
     q = clip(rint(w / s) + z, 0, 15)                       there is one right answer, bit for bit
 
-The pass "prepack" is int4_prepack, which is done once for each model, and so timed apart.
+The pass "prepack" is int4_prepack, which is done once for each model, and so timed apart; "atomic"
+is int4_matmul_atomic, whose slices of K are added as they come.
 """
 
 from typing import Any
@@ -46,6 +47,7 @@ from parity.spec import (
 
 BLOCK_K = 256  # of K: what 64 words of 16 bits hold
 OPTIONAL = ("w_zero", "bias")
+SPLIT = ("fwd", "atomic")  # two ways to add slices of K
 
 
 def _layer(
@@ -88,9 +90,11 @@ WORKLOADS = (
     _ci("ci_symmetric", 33, 72, 320, 64, passes=("fwd", "bwd"), split_k=1),
     _ci("ci_groups_of_32", 1, 328, 544, 32, "w_zero", split_k=2),
     _ci("ci_split", 5, 104, 768, 256, "w_zero", "bias", passes=("fwd", "bwd"), split_k=3),
+    _ci("ci_atomic", 5, 104, 768, 128, "w_zero", passes=("atomic",), split_k=3),
     *(_layer(f"llama70b_up_m{M}", M, 28672, 8192) for M in (1, 8, 16, 64, 256)),
     _layer("llama70b_up_m4096", 4096, 28672, 8192, passes=("fwd", "bwd")),
-    *(_layer(f"llama70b_down_m{M}", M, 8192, 28672) for M in (1, 8, 16, 64, 256)),
+    # few rows: K is split
+    *(_layer(f"llama70b_down_m{M}", M, 8192, 28672, passes=SPLIT) for M in (1, 8, 16, 64, 256)),
     _layer("llama70b_down_m4096", 4096, 8192, 28672),
     *(_layer(f"llama8b_qkv_m{M}", M, 6144, 4096) for M in (1, 16)),
     *(_layer(f"llama8b_up_m{M}", M, 14336, 4096) for M in (1, 16, 256)),
@@ -180,6 +184,10 @@ def oracle(
         yt[rows, :] = _weights(ar, work, rows, w_packed, w_scale, w_zero) @ xt
     y = yt.T
     return (y if bias is None else y + ar.lift(bias),)
+
+
+def _atomic_outputs(work: Workload) -> dict[str, Array]:
+    return {"y_atomic": Array((work["M"], work["N"]), work.dtype)}
 
 
 def oracle_bwd(
@@ -279,7 +287,7 @@ def cost(work: Workload, which: str) -> Cost:
 
 
 def reduction(work: Workload, name: str) -> int:
-    return {"y": work["K"], "dx": work["N"]}.get(name, work["G"])
+    return {"y": work["K"], "y_atomic": work["K"], "dx": work["N"]}.get(name, work["G"])
 
 
 # wrong answers that only four-bit weights can have: see parity.faults
@@ -380,7 +388,15 @@ PROBLEM = Problem(
             oracle_prepack,
             kernels=False,
         ),
+        "atomic": Further(
+            "int4_matmul_atomic",
+            ("x", "w_packed", "w_scale", "w_zero"),
+            lambda work: dict(work.options),
+            _atomic_outputs,
+            oracle,
+        ),
     },
+    unordered=("y_atomic",),
     keywords=("bias",),
     faults={
         swapped_nibbles: _NUMERIC,
@@ -389,10 +405,11 @@ PROBLEM = Problem(
         zero_less_one: _NUMERIC,
         a_slice_left_out: _NUMERIC,
     },
-    # weights that come in checkpoint order are put in the kernels' first, and odd sizes are padded
+    # weights that come in checkpoint order are put in the kernels' first, and odd sizes are padded;
+    # one sum that all slices add to is read
     glue=(
         "pad", "slice", "copy", "convert_element_type", "transpose", "stack", "and", "or",
         "shift_left", "shift_right_logical", "bitwise_and", "bitwise_or", "__lshift__",
-        "__rshift__", "constant_pad_nd",
+        "__rshift__", "constant_pad_nd", "get",
     ),
 )  # fmt: skip
