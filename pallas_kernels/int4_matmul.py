@@ -641,9 +641,13 @@ def int4_matmul_bwd(
 
     res: of int4_matmul_fwd. dy: [M, N], the cotangent. config: unused, for the product is matmul's.
     """
-    del config
-    w = _dequantized(*res, group)
-    return (matmul_fwd(dy.astype(w.dtype), w)[0],)
+    w_packed, w_scale, w_zero = res
+    N, _, prepacked = _check_weights(w_packed, w_scale, w_zero, group, None)
+    if not prepacked:
+        raise ValueError(f"res: expected prepacked weights, got w_packed {list(w_packed.shape)}")
+    _lib.check_array("dy", dy, ("M", N), (w_scale.dtype,))
+    _lib.check_config(config, Config)
+    return (matmul_fwd(dy, _dequantized(w_packed, w_scale, w_zero, group))[0],)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))

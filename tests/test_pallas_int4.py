@@ -61,6 +61,7 @@ X = jnp.zeros((3, 256), jnp.bfloat16)
 PACKED, SCALE = jnp.zeros((16, 128), jnp.uint8), jnp.zeros((16, 2), jnp.bfloat16)
 ZEROS = jnp.zeros((16, 4), jnp.uint8)
 BIAS = jnp.zeros(16, jnp.bfloat16)
+WORDS, DY = jnp.zeros((1, 16, 64), jnp.int16), jnp.zeros((3, 16), jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,16 @@ BIAS = jnp.zeros(16, jnp.bfloat16)
         (lambda: int4_matmul(X, PACKED, SCALE, bias=BIAS[1:]), ValueError, "bias: expected shape"),
         (lambda: int4_matmul(X, PACKED, SCALE, config=1), TypeError, "config: expected .*Config"),
         (lambda: int4_prepack(*int4_prepack(PACKED, SCALE)), ValueError, "w_packed: .*prepacked"),
+        (lambda: int4_matmul(X, WORDS, SCALE), ValueError, r"w_scale: .*\[2, 16\], got \[16, 2\]"),
+        (lambda: int4_matmul(X, WORDS, SCALE.T, ZEROS), ValueError, r"w_zero: .* shape \[2, 16\]"),
+        (lambda: int4_matmul(X[:, :128], WORDS, SCALE.T), ValueError, r"w_scale: .*\[1, 16\]"),
+        (lambda: int4_matmul_bwd((WORDS, SCALE.T, None), X), ValueError, r"dy: .*\[M, 16\]"),
+        (lambda: int4_matmul_bwd((PACKED, SCALE, None), DY), ValueError, "res: expected prepacked"),
+        (
+            lambda: int4_matmul_bwd((WORDS, SCALE.T, None), DY.astype("float32")),
+            TypeError,
+            "dy: expected dtype bfloat16",
+        ),
         (lambda: int4_quantize(X[0]), ValueError, r"w: expected shape \[N, K\], got"),
         (lambda: int4_quantize(X, group=96), ValueError, "group: expected 32, 64, 128 or 256"),
         (lambda: int4_quantize(X[:, :64]), ValueError, "group: expected 128 to divide K = 64"),

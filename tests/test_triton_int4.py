@@ -63,6 +63,11 @@ def uint8(*shape):
     return torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
 
 
+def prepacked():
+    words, scale, _ = int4_prepack(uint8(16, 128), normal(16, 2))
+    return {"w_packed": words, "w_scale": scale}
+
+
 BAD = [
     (lambda: call(x=[[1.0]]), TypeError, r"x: expected a torch\.Tensor, got list"),
     (lambda: call(x=normal(256)), ValueError, r"x: expected shape \[M, K\], got \[256\]"),
@@ -104,6 +109,22 @@ BAD = [
         lambda: INT4.int4_matmul_bwd(int4_prepack(uint8(16, 128), normal(16, 2)), normal(3, 15)),
         ValueError,
         r"dy: expected shape \[M, 16\]",
+    ),
+    (
+        lambda: INT4.int4_matmul_bwd((uint8(16, 128), normal(16, 2), None), normal(3, 16)),
+        ValueError,
+        "res: expected prepacked weights",
+    ),
+    (
+        lambda: call(**prepacked() | {"w_scale": normal(16, 2)}),
+        ValueError,
+        r"w_scale: expected shape \[2, 16\], got \[16, 2\]",
+    ),
+    (lambda: call(**prepacked()), ValueError, r"w_zero: expected shape \[2, 16\], got \[16, 4\]"),
+    (
+        lambda: call(x=normal(3, 512), **prepacked()),
+        ValueError,
+        r"w_packed: expected shape \[2, 16, 64\], got \[1, 16, 64\]",
     ),
 ]
 

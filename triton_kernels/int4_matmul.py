@@ -505,8 +505,10 @@ def int4_matmul_bwd(
     res: of int4_matmul_fwd. dy [M, N]: the cotangent. config: unused, for the product is matmul's.
     """
     w_packed, w_scale, w_zero = res
-    _check_weights(w_packed, w_scale, w_zero, group, None)
-    _lib.check_tensor("dy", dy, ("M", w_scale.shape[1]), (w_scale.dtype,))
+    N, _, prepacked = _check_weights(w_packed, w_scale, w_zero, group, None)
+    if not prepacked:
+        raise ValueError(f"res: expected prepacked weights, got w_packed {list(w_packed.shape)}")
+    _lib.check_tensor("dy", dy, ("M", N), (w_scale.dtype,))
     _lib.check_same_device(w_packed=w_packed, dy=dy)
     _lib.check_config(config, Config)
     return (matmul_fwd(dy, _dequantized(w_packed, w_scale, w_zero, group))[0],)
