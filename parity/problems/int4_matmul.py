@@ -101,6 +101,9 @@ WORKLOADS = (
     _layer("llama70b_up_m16_zeros", 16, 28672, 8192, "w_zero", "bias"),
     *(_layer(f"llama70b_up_m16_g{G}", 16, 28672, 8192, group=G) for G in (32, 64, 256)),
     _layer("llama70b_up_m1_float16", 1, 28672, 8192, dtype="float16"),
+    # words of weights, and elements of a quantizer's, beyond 2^31
+    _layer("int4_matmul_2x1048832x8192", 2, 1_048_832, 8192, tags=("model", "huge")),
+    _quantized("int4_quantize_524544x4096", 524_544, 4096, "bfloat16", "model", "huge"),
     # two words of zero points, the last one ragged
     _quantized("ci_quantize", 5, 1280, "float16", "ci"),
     _quantized("ci_quantize_groups_of_32", 3, 416, "float16", "ci", group=32),
@@ -216,8 +219,13 @@ def _quantized_outputs(work: Workload) -> dict[str, Array]:
 
 
 def oracle_quantize(ar: Arithmetic, work: Workload, w: Any) -> tuple[Any, Any, Any]:
-    xp, (N, K, G) = ar.xp, (work[letter] for letter in "NKG")
-    values = xp.reshape(ar.lift(w), (N, K // G, G))
+    parts = [_quantized_rows(ar, work, w[rows, :]) for rows in row_blocks(w)]
+    return tuple(ar.xp.concat(part) for part in zip(*parts, strict=True))
+
+
+def _quantized_rows(ar: Arithmetic, work: Workload, w: Any) -> tuple[Any, Any, Any]:
+    xp, (K, G) = ar.xp, (work[letter] for letter in "KG")
+    values = xp.reshape(ar.lift(w), (-1, K // G, G))
     nothing = xp.zeros_like(values[..., 0])
     lo = xp.minimum(xp.min(values, axis=2), nothing)
     span = xp.maximum(xp.max(values, axis=2), nothing) - lo
@@ -231,8 +239,8 @@ def oracle_quantize(ar: Arithmetic, work: Workload, w: Any) -> tuple[Any, Any, A
     scale = xp.where(scale == 0, nothing + 1, scale)
     zero = xp.clip(xp.round(share(-lo, scale)), 0, 15)
     code = xp.round(share(values, scale[:, :, None])) + zero[:, :, None]
-    code = xp.reshape(xp.clip(code, 0, 15), (N, K))
-    fill = ar.empty((N, -zero.shape[1] % 8), like=w)
+    code = xp.reshape(xp.clip(code, 0, 15), (-1, K))
+    fill = ar.empty((zero.shape[0], -zero.shape[1] % 8), like=w)
     fill[...] = 8
     zero = xp.concat([zero, fill], axis=1)
     return tuple(x[:, 0::2] + 16 * x[:, 1::2] if x is not scale else x for x in (code, scale, zero))
