@@ -44,6 +44,7 @@ from .decay_attention_states import (
     check_states,
     check_tokens,
     constant_decay,
+    decayed,
     decays,
     entering_states,
     find_span,
@@ -91,25 +92,18 @@ def default_config(
     T: int, H: int, Hq: int, K: int, V: int, B: int, dtype: torch.dtype, which: str = "fwd"
 ) -> Config:
     """The Config for T tokens in B sequences; which: "fwd", "states" or "grads" (of a backward)."""
-    block_v = min(64, _lib.power_of_2(V))
+    block_v, warps = min(64, _lib.power_of_2(V)), 8 if K > 128 else 4
     if which == "grads":
-        # Heads that share q and k share the product of both, and one sum of their gradients. Four
-        # programs for each multiprocessor are enough.
-        heads = max(1, min(H // Hq, H * _lib.cdiv(T, 64) // (4 * 132)))
-        return Config(block_v, heads=heads, stages=1, warps=8)
+        # Heads that share q and k share one sum of their gradients: as many in a program as leave
+        # four programs for each multiprocessor. Walks of two steps at least take fewer registers.
+        splits = _lib.cdiv(4 * 132, (_lib.cdiv(T, 64) + B) * Hq)
+        return Config(32 if V <= 64 else 64, 1, _lib.cdiv(H // Hq, splits), 2, warps)
     programs = B * H * _lib.cdiv(V, block_v)
     if which == "states":
         programs *= _lib.cdiv(K, 128)
     # A span more reads k and v once more: only where most multiprocessors would have no program.
     spans = 1 if programs >= 120 else _lib.cdiv(4 * 132, programs)
-    return Config(block_v, min(spans, max(1, T // 512)), warps=8 if K > 128 else 4)
-
-
-@triton.jit
-def decayed(b, lane):
-    """exp(b[t] - b[j]) for j <= t, else 0: what is masked could overflow. [t, j]"""
-    seen = lane[:, None] >= lane[None, :]
-    return tl.exp2(tl.where(seen, b[:, None] - b[None, :], float("-inf")))
+    return Config(block_v, min(spans, max(1, T // 512)), warps=warps)
 
 
 @triton.jit

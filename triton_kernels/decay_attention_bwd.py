@@ -1,20 +1,21 @@
 """Gradients of decay attention: states before and after every chunk, then all chunks side by side.
 
     S[c] before and dS[c] after each chunk: the states kernel, forwards and against time
-    for each chunk and head of q, all at once:
-        for each head h that shares it, E[t, j] = exp(b[t] - b[j]) for j <= t, W = E u[j]:
-            P = scale * q k^T * W     Z = scale * dy v^T * W     a[j] = exp(b_n - b[j]) u[j]
-            dv  = P^T dy + a * (k dS)
-            dq += Z k + scale e^b * (dy S^T)          dk += Z^T q + a * (v dS^T)
-            R = scale * dy v^T * E * q k^T            s[j] = exp(b_n - b[j]) k[j] dS v[j]
-            du = colsum(R) + s                        di = u du
-            db = rowsum(R u) - u colsum(R) + scale e^b * (q S dy) - u s
-            dg[t] = sum of db from t on + sum(u s) + e^(b_n) <S, dS>
+    for each chunk and head of q, all at once; for each head h that shares it:
+        E[t, j] = exp(b[t] - b[j]) for j <= t, else 0; W = E u[j]; e = scale e^b; a = e^(b_n - b) u
+    dq kernel:
+        Z = scale * dy v^T * W
+        dq += Z k + (e dy) S^T                      rows = rowsum(Z * q k^T) + e dy . (q S)
+    dk and dv kernel, all transposed:
+        P = scale * q k^T * W     Z as above
+        dk += Z^T q + (a v) dS^T                    dv = P^T dy + a * (k dS)
+        s = e^(b_n - b) v . (k dS)                  du = colsum(scale * dy v^T * E * q k^T) + s
+        dg[t] = sum of (rows - u du) from t on + sum(u s) + e^(b_n) <S, dS>           di = u du
 
 The sums for dg stay within a chunk, on values in float32: a sum of q dq - k dk over a sequence is
 the same but for rounding, of which it is a difference. P^T and Z^T are products of their own: a
 product that is transposed and multiplied again is miscompiled by Triton 3.4 to 3.7.0.
-Heads of one q are added up in a program, and what several programs have by a second kernel.
+Heads of one q are added up in a program, and what several programs have by a further kernel.
 
 Twin: pallas_kernels/decay_attention_bwd.py.
 """
@@ -28,138 +29,184 @@ from torch import Tensor
 
 from . import _lib
 from .decay_attention_states import (
+    decayed,
+    decayed_T,
     decays,
     entering_states,
     find_span,
     inside,
     launch_states,
+    load_state,
+    load_tokens,
     most_spans,
-    state_ptr,
+    operand,
+    state_operand,
+    store_tokens,
+    tma_ready,
     token_ptr,
     weights,
 )
 
 
 @triton.jit
-def _decay_attention_grads_kernel(
-    q_ptr,  # [T, Hq, K]
-    k_ptr,  # [T, Hq, K]
-    v_ptr,  # [T, H, V]
-    b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
-    u_ptr,  # [H, T] float32 or None
+def _decay_attention_dq_kernel(
+    q_all,  # [T, Hq, K]: TMA descriptors that end at any token, or pointers
+    k_all,  # [T, Hq, K]
+    v_all,  # [T, H, V]
+    dy_all,  # [T, H, V]
+    S_all,  # [slots * H, K, V]: before each chunk
+    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # [H, slots, chunk] float32 or None
+    cu_ptr,  # [B + 1] int32
+    dq_ptr,  # [splits, T, Hq, K]
+    rows_ptr,  # [H, slots, chunk] float32, what of dg begins with a token's q; None without g
+    T, B, slots, H, Hq, splits, heads, scale, stride_q, stride_k, stride_v, stride_dy,
+    stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
+    stride_dyh: tl.constexpr, K: tl.constexpr, V: tl.constexpr, chunk: tl.constexpr,
+    block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
+    constant: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    tile = tl.program_id(0)
+    part, hq, p = tile % splits, tile // splits % Hq, tile // splits // Hq
+    s, t0, end, _, _, _ = find_span(cu_ptr, p, T, B, chunk, chunk, block_b)
+    if (s < 0) | (t0 >= end):
+        return
+    group = H // Hq
+    head0 = hq * group + part * heads
+    count = tl.minimum(heads, group - part * heads)
+    lane = tl.arange(0, chunk)
+    q = load_tokens(q_all, stride_q, stride_qh, t0, end, hq, 0, K, chunk, block_k, tma)
+    k_tile = load_tokens(k_all, stride_k, stride_kh, t0, end, hq, 0, K, chunk, block_k, tma)
+    dq = tl.zeros((chunk, block_k), tl.float32)
+
+    # --- 2. main loop
+    for hi in tl.range(0, count, disable_licm=True):
+        h = head0 + hi
+        b = decays(b_ptr, h, p, slots, end - t0, lane, constant)[0]
+        u = weights(u_ptr, h, p, slots, lane)
+        e = scale * tl.exp2(b)
+        Z = tl.zeros((chunk, chunk), tl.float32)  # [t, j]
+        old = tl.zeros((chunk,), tl.float32)
+        for v0 in tl.range(0, V, block_v):
+            v = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
+            dy = load_tokens(dy_all, stride_dy, stride_dyh, t0, end, h, v0, V, chunk, block_v, tma)
+            S = load_state(S_all, p * H + h, v0, K, V, block_k, block_v, tma)
+            Z = tl.dot(dy, v.T, Z)
+            weighted = dy.to(tl.float32) * e[:, None]
+            dq = tl.dot(weighted.to(dy.dtype), S.T, dq)
+            if rows_ptr is not None:
+                old += tl.sum(tl.dot(q, S) * weighted, 1)
+        # --- 3. epilogue
+        Z *= decayed(b, lane) * (scale * u)[None, :]
+        dq = tl.dot(Z.to(k_tile.dtype), k_tile, dq)
+        # --- 4. store
+        if rows_ptr is not None:
+            old += tl.sum(Z * tl.dot(q, k_tile.T), 1)
+            tl.store(rows_ptr + (h.to(tl.int64) * slots + p) * chunk + lane, old)
+    k = tl.arange(0, block_k)
+    at = token_ptr(dq_ptr + part.to(tl.int64) * T * Hq * K, Hq * K, K, t0 + lane, hq, k)
+    tl.store(at, dq.to(dq_ptr.dtype.element_ty), inside(t0 + lane, end, k, K))
+
+
+@triton.jit
+def _decay_attention_dkdv_kernel(
+    q_all,  # [T, Hq, K]: TMA descriptors that end at any token, or pointers
+    k_all,  # [T, Hq, K]
+    v_all,  # [T, H, V]
+    dy_all,  # [T, H, V]
+    S_all,  # [slots * H, K, V]: before each chunk
+    dS_all,  # [slots * H, K, V]: after each chunk
+    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # [H, slots, chunk] float32 or None
     D_ptr,  # [H] or [H, V] float32 or None
     cu_ptr,  # [B + 1] int32
-    dy_ptr,  # [T, H, V]
-    S_ptr,  # [slots, H, K, V]: before each chunk
-    dS_ptr,  # [slots, H, K, V]: after each chunk
-    dq_ptr,  # [splits, T, Hq, K]
+    rows_ptr,  # [H, slots, chunk] float32, from the dq kernel; None without g
     dk_ptr,  # [splits, T, Hq, K]
-    dv_ptr,  # [T, H, V]
-    dg_ptr,  # [T, H] float32; if constant, the sums [slots, H]; None without g
+    dv_all,  # [T, H, V]
+    dg_ptr,  # [T, H] float32, or sums [slots, H] if constant
     du_ptr,  # [T, H] float32 or None: of u, or of log u
     dD_ptr,  # [slots, H, V] float32 or None
-    T, B, H, Hq, slots, splits, heads, scale, stride_q, stride_k, stride_v, stride_dy,
+    T, B, slots, H, Hq, splits, heads, scale, stride_q, stride_k, stride_v, stride_dy,
     stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
     stride_dyh: tl.constexpr, stride_D: tl.constexpr, stride_Dv: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, chunk: tl.constexpr, block_k: tl.constexpr,
     block_v: tl.constexpr, block_b: tl.constexpr, constant: tl.constexpr, log_u: tl.constexpr,
+    tma: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
-    k = tl.arange(0, block_k)
     tile = tl.program_id(0)
     part, hq, p = tile % splits, tile // splits % Hq, tile // splits // Hq
-    s, first, end, _, _, _ = find_span(cu_ptr, p, T, B, chunk, chunk, block_b)
+    s, t0, end, _, _, _ = find_span(cu_ptr, p, T, B, chunk, chunk, block_b)
+    if (s < 0) | (t0 >= end):
+        return
     group = H // Hq
     head0 = hq * group + part * heads
-    head1 = tl.minimum(head0 + heads, (hq + 1) * group)
-    if (s < 0) | (first == end):  # sums over chunks meet zeros
-        for h in tl.range(head0, head1):
-            if constant and dg_ptr is not None:
-                tl.store(dg_ptr + p.to(tl.int64) * H + h, 0.0)
-            if dD_ptr is not None:
-                for v0 in tl.range(0, V, block_v):
-                    v = v0 + tl.arange(0, block_v)
-                    at = dD_ptr + (p.to(tl.int64) * H + h) * V + v
-                    tl.store(at, tl.zeros((block_v,), tl.float32), v < V)
-        return
+    count = tl.minimum(heads, group - part * heads)
     lane = tl.arange(0, chunk)
-    t = first + lane
-    row = t.to(tl.int64)
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    own = inside(t, end, k, K)
-    q = tl.load(token_ptr(q_ptr, stride_q, stride_qh, t, hq, k), own, 0.0)  # [chunk, block_k]
-    k_tile = tl.load(token_ptr(k_ptr, stride_k, stride_kh, t, hq, k), own, 0.0)
-    kq = tl.dot(k_tile, q.T)  # [j, t]
-    dq = tl.zeros((chunk, block_k), tl.float32)
+    q = load_tokens(q_all, stride_q, stride_qh, t0, end, hq, 0, K, chunk, block_k, tma)
+    k_tile = load_tokens(k_all, stride_k, stride_kh, t0, end, hq, 0, K, chunk, block_k, tma)
     dk = tl.zeros((chunk, block_k), tl.float32)
 
     # --- 2. main loop
-    for hi in tl.range(0, head1 - head0):
+    for hi in tl.range(0, count, disable_licm=True):
         h = head0 + hi
-        b, b_n = decays(b_ptr, h, t, first, end, T, constant)
-        u = weights(u_ptr, h, t, end, T)
-        e, f = scale * tl.exp2(b), tl.exp2(b_n - b)
-        seen = (lane[:, None] >= lane[None, :]) & (t < end)[:, None]  # [t, j]
-        E = tl.exp2(tl.where(seen, b[:, None] - b[None, :], float("-inf")))
-        seen_T = (lane[:, None] <= lane[None, :]) & (t < end)[None, :]  # [j, t]
-        E_T = scale * tl.exp2(tl.where(seen_T, b[None, :] - b[:, None], float("-inf")))
-        P_T = (kq * E_T * u[:, None]).to(dtype)
-        dP = tl.zeros((chunk, chunk), tl.float32)
-        dP_T = tl.zeros((chunk, chunk), tl.float32)
-        dqS = tl.zeros((chunk, block_k), tl.float32)
-        dkS = tl.zeros((chunk, block_k), tl.float32)
-        both = tl.zeros((block_v,), tl.float32)
+        b, b_n = decays(b_ptr, h, p, slots, end - t0, lane, constant)
+        u = weights(u_ptr, h, p, slots, lane)
+        f = tl.exp2(b_n - b)
+        Z = tl.zeros((chunk, chunk), tl.float32)  # [j, t]
         for v0 in tl.range(0, V, block_v):
-            v = v0 + tl.arange(0, block_v)
-            exist = inside(t, end, v, V)
-            v_tile = tl.load(token_ptr(v_ptr, stride_v, stride_vh, t, h, v), exist, 0.0)
-            dy = tl.load(token_ptr(dy_ptr, stride_dy, stride_dyh, t, h, v), exist, 0.0)
-            there = (k < K)[:, None] & (v < V)[None, :]
-            S = tl.load(state_ptr(S_ptr, p, h, H, k, v, K, V), there, 0.0)
-            dS = tl.load(state_ptr(dS_ptr, p, h, H, k, v, K, V), there, 0.0)
-            dP = tl.dot(dy, v_tile.T, dP)
-            dP_T = tl.dot(v_tile, dy.T, dP_T)
-            dqS = tl.dot(dy, S.T, dqS)
-            dkS = tl.dot(v_tile, dS.T, dkS)
-            both += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
-            dv = tl.dot(k_tile, dS) * (f * u)[:, None]
-            dv = tl.dot(P_T, dy, dv)
+            v = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
+            dy = load_tokens(dy_all, stride_dy, stride_dyh, t0, end, h, v0, V, chunk, block_v, tma)
+            dS = load_state(dS_all, p * H + h, v0, K, V, block_k, block_v, tma)
+            Z = tl.dot(v, dy.T, Z)
+            weighted = v.to(tl.float32) * (f * u)[:, None]
+            dk = tl.dot(weighted.to(v.dtype), dS.T, dk)
+        E = decayed_T(b, lane) * scale
+        P = tl.dot(k_tile, q.T) * E
+        du = tl.sum(Z * P, 1)
+        dk = tl.dot((Z * E * u[:, None]).to(q.dtype), q, dk)
+        P = (P * u[:, None]).to(q.dtype)
+        # a second walk over the same tiles, as registers do not suffice for one
+        new, both = tl.zeros((chunk,), tl.float32), tl.zeros((block_v,), tl.float32)
+        for v0 in tl.range(0, V, block_v):
+            v = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
+            dy = load_tokens(dy_all, stride_dy, stride_dyh, t0, end, h, v0, V, chunk, block_v, tma)
+            dS = load_state(dS_all, p * H + h, v0, K, V, block_k, block_v, tma)
+            dv = tl.dot(k_tile, dS)
+            if rows_ptr is not None:
+                new += tl.sum(dv * v.to(tl.float32), 1)
+                S = load_state(S_all, p * H + h, v0, K, V, block_k, block_v, tma)
+                both += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
+            dv = tl.dot(P, dy, dv * (f * u)[:, None])
             if D_ptr is not None:
-                D = tl.load(D_ptr + h * stride_D + v * stride_Dv, v < V, 0.0)
+                c = v0 + tl.arange(0, block_v)
+                D = tl.load(D_ptr + h * stride_D + c * stride_Dv, c < V, 0.0)
                 dv += D[None, :] * dy.to(tl.float32)
-                dD = tl.sum(dy.to(tl.float32) * v_tile.to(tl.float32), 0)
-                tl.store(dD_ptr + (p.to(tl.int64) * H + h) * V + v, dD, v < V)
-            tl.store(token_ptr(dv_ptr, H * V, V, t, h, v), dv.to(dtype), exist)
-
+                dD = tl.sum(dy.to(tl.float32) * v.to(tl.float32), 0)
+                tl.store(dD_ptr + (p.to(tl.int64) * H + h) * V + c, dD, c < V)
+            store_tokens(dv_all, dv, t0, end, h, v0, H, V, chunk, block_v, tma)
         # --- 3. epilogue
-        Z = (scale * dP * E * u[None, :]).to(dtype)
-        Z_T = (dP_T * E_T * u[:, None]).to(dtype)
-        dq = tl.dot(Z, k_tile, dq + dqS * e[:, None])
-        dk = tl.dot(Z_T, q, dk + dkS * (f * u)[:, None])
-        R_T = dP_T * E_T * kq  # [j, t]
-        du = tl.sum(R_T, 1)
-        from_state = f * tl.sum(dkS * k_tile.to(tl.float32), 1)
-        into_state = e * tl.sum(dqS * q.to(tl.float32), 1)
-        by_row = tl.sum(R_T * u[:, None], 0)
-        db = by_row - u * du + into_state - u * from_state
-        total = tl.sum(u * from_state, 0) + tl.exp2(b_n) * tl.sum(both, 0)
-        dg = tl.cumsum(db, 0, reverse=True) + total
-        # --- 4. store
-        if dg_ptr is not None:
+        if rows_ptr is not None:
+            new *= f
+            du += new
+            rows = tl.load(rows_ptr + (h.to(tl.int64) * slots + p) * chunk + lane)
+            dg = tl.cumsum(rows - u * du, 0, reverse=True)
+            dg += tl.sum(u * new, 0) + tl.exp2(b_n) * tl.sum(both, 0)
+            # --- 4. store
+            t = t0 + lane
             if constant:
                 dg = tl.sum(tl.where(t < end, dg, 0.0), 0)
                 tl.store(dg_ptr + p.to(tl.int64) * H + h, dg)
             else:
-                tl.store(dg_ptr + row * H + h, dg, t < end)
-        if du_ptr is not None:
-            du += from_state
-            if log_u:
-                du *= u
-            tl.store(du_ptr + row * H + h, du, t < end)
-    at = token_ptr(dq_ptr + part.to(tl.int64) * T * Hq * K, Hq * K, K, t, hq, k)
-    tl.store(at, dq.to(dq_ptr.dtype.element_ty), own)
-    at = token_ptr(dk_ptr + part.to(tl.int64) * T * Hq * K, Hq * K, K, t, hq, k)
-    tl.store(at, dk.to(dk_ptr.dtype.element_ty), own)
+                tl.store(dg_ptr + t.to(tl.int64) * H + h, dg, t < end)
+            if du_ptr is not None:
+                if log_u:
+                    du *= u
+                tl.store(du_ptr + t.to(tl.int64) * H + h, du, t < end)
+    k = tl.arange(0, block_k)
+    at = token_ptr(dk_ptr + part.to(tl.int64) * T * Hq * K, Hq * K, K, t0 + lane, hq, k)
+    tl.store(at, dk.to(dk_ptr.dtype.element_ty), inside(t0 + lane, end, k, K))
 
 
 @triton.jit
@@ -231,28 +278,49 @@ def backward(
         enters = entering_states(*given, initial, *options)
         launch_states(*given, enters, kept, leaves, None, *options)
 
-    splits = _lib.cdiv(H // Hq, grads.heads)
-    wide = q.dtype if splits == 1 else torch.float32
-    dq, dk = (q.new_empty(splits, T, Hq, K, dtype=wide) for _ in range(2))
+    splits, block_b = _lib.cdiv(H // Hq, grads.heads), max(16, _lib.power_of_2(B))
+    block_k, block_v = _lib.power_of_2(K), min(grads.block_v, _lib.power_of_2(V))
+    tma = tma_ready(q, k, v, dy)
+    dq, dk = (
+        q.new_empty(splits, T, Hq, K, dtype=q.dtype if splits == 1 else torch.float32)
+        for _ in range(2)
+    )
     dv = v.new_empty(T, H, V)
-    dg = v.new_empty(slots if constant else T, H, dtype=torch.float32)
-    du = v.new_empty(T, H, dtype=torch.float32)
-    dD = None if D is None else v.new_empty(slots, H, V, dtype=torch.float32)
+    gated = decay[0] is not None
+    rows = v.new_empty(H, slots, chunk, dtype=torch.float32) if gated else None
+    # sums over the chunks there are meet zeros in other slots
+    dg = v.new_zeros(slots, H, dtype=torch.float32) if constant else rows_like(v)
+    du = rows_like(v)
+    dD = None if D is None else v.new_zeros(slots, H, V, dtype=torch.float32)
     stride_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-    block_v = min(grads.block_v, _lib.power_of_2(V))
-    _decay_attention_grads_kernel[(slots * Hq * splits,)](
-        q, k, v, decay[0], u, D, cu_seqlens, dy, *each, dq, dk, dv,
-        dg if decay[0] is not None else None, None if u is None else du,
-        dD, T, B, H, Hq, slots, splits, grads.heads, scale, q.stride(0), k.stride(0), v.stride(0),
-        dy.stride(0), q.stride(1), k.stride(1), v.stride(1), dy.stride(1), *stride_D, K, V, chunk,
-        _lib.power_of_2(K), block_v, max(16, _lib.power_of_2(B)), constant, log_u,
-        num_warps=grads.warps, num_stages=grads.stages,
+    tokens = [operand(x, chunk, block_k, tma) for x in (q, k)]
+    tokens += [operand(x, chunk, block_v, tma) for x in (v, dy)]
+    S, dS = (state_operand(x, block_k, block_v, tma) for x in each)
+    sizes = (
+        T, B, slots, H, Hq, splits, grads.heads, scale, *(x.stride(0) for x in (q, k, v, dy)),
+        *(x.stride(1) for x in (q, k, v, dy)),
+    )  # fmt: skip
+    resources = {"num_warps": grads.warps, "num_stages": grads.stages}
+    grid = (slots * Hq * splits,)
+    _decay_attention_dq_kernel[grid](
+        *tokens, S, decay[0], u, cu_seqlens, dq, rows, *sizes, K, V, chunk, block_k, block_v,
+        block_b, constant, tma, **resources,
+    )  # fmt: skip
+    _decay_attention_dkdv_kernel[grid](
+        *tokens, S, dS, decay[0], u, D, cu_seqlens, rows, dk, operand(dv, chunk, block_v, tma),
+        dg, None if u is None else du, dD, *sizes, *stride_D, K, V, chunk, block_k, block_v,
+        block_b, constant, log_u, tma, **resources,
     )  # fmt: skip
     if splits > 1:
         dq, dk = (sum_rows(x.view(splits, -1), q.dtype) for x in (dq, dk))
     dq, dk = dq.view(T, Hq, K), dk.view(T, Hq, K)
-    if constant and decay[0] is not None:
+    if constant and gated:
         dg = sum_rows(dg, torch.float32)
     if dD is not None:
         dD = sum_rows(dD.view(slots, H * V), torch.float32).view(H, V)
     return [dq, dk, dv, dg, du, dS0, dD]
+
+
+def rows_like(v: Tensor) -> Tensor:
+    """Room for a number of each token and head of v."""
+    return v.new_empty(v.shape[:2], dtype=torch.float32)

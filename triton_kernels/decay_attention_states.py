@@ -95,6 +95,12 @@ def operand(x: Tensor, chunk: int, block: int, tma: bool) -> TensorDescriptor | 
     return create_ragged_descriptor(x.transpose(0, 1), [1, chunk, block], 1) if tma else x
 
 
+def state_operand(S: Tensor, block_k: int, block_v: int, tma: bool) -> TensorDescriptor | Tensor:
+    """S [.., K, V] as load_state takes it."""
+    S = S.flatten(0, -3)
+    return TensorDescriptor.from_tensor(S, [1, block_k, block_v]) if tma else S
+
+
 def most_spans(T: int, B: int, span: int) -> int:
     """Room for the spans that any B sequences of T tokens in all can have."""
     return T // span + B
@@ -177,45 +183,79 @@ def state_ptr(
 
 
 @triton.jit
-def decays(b_ptr, h, t, first, end, T, constant: tl.constexpr):
-    """(b, b_n): the logarithms of what decays a state from the start of the chunk at token `first`
-    to after token t, and to after the chunk's last token before `end`, in units of log 2."""
-    last = tl.minimum(first + t.shape[0], end) - 1
-    if constant:
-        if b_ptr is None:
-            # RetNet's log(1 - x), x = 2^(-5 - h): 1 - x would have few bits of x
-            x = tl.exp2(-5.0 - h)
-            g = 1.0 + x * (1.0 / 2 + x * (1.0 / 3 + x * (1.0 / 4 + x * (1.0 / 5 + x * (1.0 / 6)))))
-            g = -x * g * 1.4426950408889634
-        else:
-            g = tl.load(b_ptr + h) * 1.4426950408889634
-        return g * (tl.minimum(t, last) - first + 1), g * (last - first + 1)
+def load_state(
+    S, at, v0, K: tl.constexpr, V: tl.constexpr,
+    block_k: tl.constexpr, block_v: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    """S[at, :, v0 : v0 + block_v] of states [.., K, V], zeros beyond. [block_k, block_v]"""
+    if tma:
+        return S.load([at, 0, v0]).reshape(block_k, block_v)
     else:
-        row = b_ptr + h.to(tl.int64) * T
-        return tl.load(row + t, t < end, 0.0), tl.load(row + last)
+        k, v = tl.arange(0, block_k), v0 + tl.arange(0, block_v)
+        exist = (k < K)[:, None] & (v < V)[None, :]
+        return tl.load(state_ptr(S, at, 0, 1, k, v, K, V), exist, 0.0)
 
 
 @triton.jit
-def weights(u_ptr, h, t, end, T):
-    """u of tokens t; 1 where none is given."""
-    if u_ptr is None:
-        return tl.full(t.shape, 1.0, tl.float32)
+def constant_decay(g_ptr, h):
+    """g of head h in units of log 2; RetNet's where none is given."""
+    if g_ptr is None:
+        # log(1 - x), x = 2^(-5 - h): 1 - x would have few bits of x
+        x = tl.exp2(-5.0 - h)
+        g = 1.0 + x * (1.0 / 2 + x * (1.0 / 3 + x * (1.0 / 4 + x * (1.0 / 5 + x * (1.0 / 6)))))
+        g = -x * g
     else:
-        return tl.load(u_ptr + h.to(tl.int64) * T + t, t < end, 0.0)
+        g = tl.load(g_ptr + h)
+    return g * 1.4426950408889634
+
+
+@triton.jit
+def decays(b_ptr, h, slot, slots, n, lane, constant: tl.constexpr):
+    """(b, b_n) of a chunk of n tokens: the logarithms of what decays a state until after each
+    token, the last for lanes without one, and until after the last, in units of log 2."""
+    if constant:
+        g = constant_decay(b_ptr, h)
+        return g * tl.minimum(lane + 1, n), g * n
+    else:
+        row = b_ptr + (h.to(tl.int64) * slots + slot) * lane.shape[0]
+        return tl.load(row + lane), tl.load(row + lane.shape[0] - 1)
+
+
+@triton.jit
+def decayed(b, lane):
+    """exp(b[t] - b[j]) for j <= t, else 0: what is masked could overflow. [t, j]"""
+    seen = lane[:, None] >= lane[None, :]
+    return tl.exp2(tl.where(seen, b[:, None] - b[None, :], float("-inf")))
+
+
+@triton.jit
+def decayed_T(b, lane):
+    """Its transpose. [j, t]"""
+    seen = lane[:, None] <= lane[None, :]
+    return tl.exp2(tl.where(seen, b[None, :] - b[:, None], float("-inf")))
+
+
+@triton.jit
+def weights(u_ptr, h, slot, slots, lane):
+    """u of the tokens of a chunk; 1 where none is given."""
+    if u_ptr is None:
+        return tl.full(lane.shape, 1.0, tl.float32)
+    else:
+        return tl.load(u_ptr + (h.to(tl.int64) * slots + slot) * lane.shape[0] + lane)
 
 
 @triton.jit
 def _decay_attention_states_kernel(
     x_all,  # [T, Hq, K]: k, or q against time: a TMA descriptor, or a pointer
     y_all,  # [T, H, V]: v, or dy against time
-    b_ptr,  # [H, T] float32; if constant, g [H] or None: RetNet's
-    u_ptr,  # [H, T] float32 or None
+    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # [H, slots, chunk] float32 or None
     cu_ptr,  # [B + 1] int32
     enters_ptr,  # [spans, H, K, V] float32 or None: the state that enters each span
     each_ptr,  # [slots, H, K, V] or None: the state that enters each chunk
     leaves_ptr,  # [B, H, K, V] float32 or None, or [spans, ..] with total_ptr: the one that leaves
     total_ptr,  # [spans, H] float32 or None: the logarithm of the decay over the span
-    T, B, span, H, group, scale, stride_x, stride_y,
+    T, B, span, slots, H, group, scale, stride_x, stride_y,
     stride_xh: tl.constexpr, stride_yh: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     chunk: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
     constant: tl.constexpr, transposed: tl.constexpr, reverse: tl.constexpr, tma: tl.constexpr,
@@ -236,23 +276,24 @@ def _decay_attention_states_kernel(
     if enters_ptr is not None:
         S = tl.load(state_ptr(enters_ptr, p, h, H, k, v, K, V, transposed), exist, 0.0)
     total = 0.0
+    lane = tl.arange(0, chunk)
 
     # --- 2. main loop
     chunks = tl.cdiv(end - first, chunk)
-    for c in tl.range(0, chunks):
+    for c in tl.range(0, chunks, disable_licm=True):
         ci = c
         if reverse:
             ci = chunks - 1 - c
         t0 = first + ci * chunk
-        t = t0 + tl.arange(0, chunk)
         hq = h // group
         x = load_tokens(x_all, stride_x, stride_xh, t0, end, hq, k0, K, chunk, block_k, tma)
         y = load_tokens(y_all, stride_y, stride_yh, t0, end, h, v0, V, chunk, block_v, tma)
-        b, b_n = decays(b_ptr, h, t, t0, end, T, constant)
+        n = tl.minimum(end - t0, chunk)
+        b, b_n = decays(b_ptr, h, slot + ci, slots, n, lane, constant)
         if reverse:
             w = scale * tl.exp2(b)
         else:
-            w = tl.exp2(b_n - b) * weights(u_ptr, h, t, end, T)
+            w = tl.exp2(b_n - b) * weights(u_ptr, h, slot + ci, slots, lane)
         if each_ptr is not None:
             at = state_ptr(each_ptr, slot + ci, h, H, k, v, K, V)
             tl.store(at, S.to(each_ptr.dtype.element_ty), exist)
@@ -334,9 +375,9 @@ def launch_states(
     tma = tma_ready(x, y)
     _decay_attention_states_kernel[(grid,)](
         operand(x, chunk, block_k, tma), operand(y, chunk, block_v, tma), decay[0], u, cu_seqlens,
-        enters, each, leaves, total, T, B, span, H, H // Hq, scale, x.stride(0), y.stride(0),
-        x.stride(1), y.stride(1), K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)),
-        decay[1], transposed, reverse, tma,
+        enters, each, leaves, total, T, B, span, most_spans(T, B, chunk), H, H // Hq, scale,
+        x.stride(0), y.stride(0), x.stride(1), y.stride(1), K, V, chunk, block_k, block_v,
+        max(16, _lib.power_of_2(B)), decay[1], transposed, reverse, tma,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
