@@ -75,7 +75,7 @@ def _model(name: str, dims: dict[str, int], *tags: str) -> Workload:
 WORKLOADS = (
     # 6 tokens, none, and 143: three chunks, the last one of 15; two groups of two heads
     _ci("ci", sizes(149, 3, 2, 4, 64, 64), options={"scale": 0.125}),
-    _ci("ci_constant", sizes(153, 3, 1, 1, 128, 128), CONSTANT, absent=("i", "S0")),
+    _ci("ci_constant", sizes(155, 3, 1, 1, 128, 128), CONSTANT, absent=("i", "S0")),
     _ci("ci_steep", sizes(141, 3, 2, 2, 64, 64), STEEP, options={"scale": 0.21}, absent=("S0",)),
     _model("gla_k128", sizes(8 * 4096, 8, 16, 16, 128, 128)),
     _model("gla_64k", sizes(65536, 1, 16, 16, 128, 128)),
