@@ -1,9 +1,10 @@
 """Gates of decay attention: sums of logarithms within chunks, weights, and Mamba-2's step sizes.
 
-    b[h, t] = sum of g within the chunk of token t, up to it, in units of log 2        u = exp(i)
+    b = sum of g within the chunk of a token, up to it, in units of log 2        u = exp(i)
     Mamba-2: u = clamp(softplus(dt + bias)), g = u A
 
-One pass over [T, H] that leaves [H, T], whose tokens lie side by side for programs of one head.
+One pass over [T, H] that leaves [H, slots, chunk]: a chunk of a head lies side by side, and what it
+lacks at a sequence's end is filled up (g = 0, u = 0), so that nobody after needs a mask.
 
 Twin: pallas_kernels/decay_attention_gates.py.
 """
@@ -22,35 +23,38 @@ def _decay_attention_gates_kernel(
     i_ptr,  # [T, H] float32 or None
     A_ptr,  # [H] float32 or None
     bias_ptr,  # [H] float32 or None
-    b_ptr,  # [H, T] float32: sums of g within a chunk, in units of log 2; None if constant
-    u_ptr,  # [H, T] float32: exp(i), or the step size; or None
+    b_ptr,  # [H, slots, chunk] float32: sums of g within a chunk; None if constant
+    u_ptr,  # [H, slots, chunk] float32: exp(i), or the step size; or None
     cu_ptr,  # [B + 1] int32
-    T, B, H, stride_g, stride_i, low, high,
+    T, B, H, slots, stride_g, stride_i, low, high,
     chunk: tl.constexpr, block_h: tl.constexpr, block_b: tl.constexpr, softplus: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     h = tl.program_id(1) * block_h + tl.arange(0, block_h)
-    s, first, end, _, _, _ = find_span(cu_ptr, tl.program_id(0), T, B, chunk, chunk, block_b)
+    slot = tl.program_id(0)
+    s, first, end, _, _, _ = find_span(cu_ptr, slot, T, B, chunk, chunk, block_b)
     if s < 0:
         return
     # --- 2. main loop: one tile
-    t = first + tl.arange(0, chunk)
+    lane = tl.arange(0, chunk)
+    t = first + lane
     exist = (t < end)[:, None] & (h < H)[None, :]
     row = t.to(tl.int64)[:, None]
-    at = h.to(tl.int64)[None, :] * T + t[:, None]
+    at = (h.to(tl.int64)[None, :] * slots + slot) * chunk + lane[:, None]
     if g_ptr is not None:
         g = tl.load(g_ptr + row * stride_g + h[None, :], exist, 0.0)  # [chunk, block_h]
         if A_ptr is not None:
             u, _ = step_size(g, bias_ptr, h, H, low, high, softplus)
-            g = tl.where(exist, u * tl.load(A_ptr + h, h < H, 0.0)[None, :], 0.0)
-            tl.store(u_ptr + at, u, exist)
+            u = tl.where(exist, u, 0.0)
+            g = u * tl.load(A_ptr + h, h < H, 0.0)[None, :]
+            tl.store(u_ptr + at, u, (h < H)[None, :])
         # --- 3. epilogue
         b = tl.cumsum(g * 1.4426950408889634, 0)
         # --- 4. store
-        tl.store(b_ptr + at, b, exist)
+        tl.store(b_ptr + at, b, (h < H)[None, :])
     if i_ptr is not None:
-        i = tl.load(i_ptr + row * stride_i + h[None, :], exist, 0.0)
-        tl.store(u_ptr + at, tl.exp(i), exist)
+        i = tl.load(i_ptr + row * stride_i + h[None, :], exist, float("-inf"))
+        tl.store(u_ptr + at, tl.exp(i), (h < H)[None, :])
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def gates(
     chunk: int,
     step: tuple[Tensor, Tensor | None, bool, tuple[float, float]] | None = None,
 ) -> tuple[tuple[Tensor, bool], Tensor | None]:
-    """((b, False), u): sums of g within chunks and weights, [H, T]; ((g, True), u) of constant g.
+    """((b, False), u): sums of g within chunks and weights; ((g, True), u) of constant g.
 
     step: (A, bias, softplus, limits): then g holds step sizes dt, g = u A, and u = the step sizes
     softened, limited.
@@ -91,11 +95,12 @@ def gates(
     T, H = (g if i is None else i).shape
     A, bias, softplus, (low, high) = step or (None, None, False, (0.0, 0.0))
     B = len(cu_seqlens) - 1
-    u = None if step is None and i is None else g.new_empty(H, T)
-    b = g.contiguous() if constant else g.new_empty(H, T)
+    slots = most_spans(T, B, chunk)
+    u = None if step is None and i is None else g.new_empty(H, slots, chunk)
+    b = g.contiguous() if constant else g.new_empty(H, slots, chunk)
     g, i = (None if x is None else _lib.rows_adjacent(x) for x in (None if constant else g, i))
-    _decay_attention_gates_kernel[(most_spans(T, B, chunk), _lib.cdiv(H, 32))](
-        g, i, A, bias, None if constant else b, u, cu_seqlens, T, B, H,
+    _decay_attention_gates_kernel[(slots, _lib.cdiv(H, 32))](
+        g, i, A, bias, None if constant else b, u, cu_seqlens, T, B, H, slots,
         0 if g is None else g.stride(0), 0 if i is None else i.stride(0), low, high,
         chunk, 32, max(16, _lib.power_of_2(B)), softplus, num_warps=4,
     )  # fmt: skip
