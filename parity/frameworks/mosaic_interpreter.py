@@ -197,6 +197,9 @@ def install() -> None:
     # The detector prints what it finds: a print of their own makes these modules tell us instead.
     for module in (_jax().races, _jax().gpu_races):
         vars(module)["print"] = _messages.append
+    # A kernel becomes hundreds of callbacks that run a few times: optimizing what is in between
+    # takes longer than it saves.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @contextlib.contextmanager
