@@ -8,10 +8,18 @@ import torch
 from parity import faults
 from parity.judge import judge, judge_exact, judge_twins, limit, ulp_histogram
 from parity.problems import PROBLEMS
+from parity.shrink import resized
 from parity.spec import Array
 
 CI = [(p, w) for p in PROBLEMS for w in p.workloads if "ci" in w.tags]
-SMALLEST = [next(pw for pw in CI if pw[0] is p) for p in PROBLEMS]
+SCANS = ("linear_scan", "rglru")
+# Who cheats does so at any size, and scans walk row by row. The forward of the atomic variant
+# is that of hybrid_attention.
+SMALLEST = [
+    (p, resized(p, w, {"T": 29} if p.stem in SCANS else {}))
+    for p, w in (next(pw for pw in CI if pw[0] is p) for p in PROBLEMS)
+    if p.stem != "hybrid_attention_atomic"
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +43,12 @@ def test_every_wrong_answer_is_caught_and_the_model_passes(problem, work, tally)
     results = [s for which in work.passes for s in problem.results(work, which).values()]
     exact = all(spec.exact or "int" in spec.dtype for spec in results)  # nothing is rounded there
     of_any = {"shifted_by_one"} if exact else {"unwritten_tail", "one_precision_lower"}
-    assert {row.fault for row in rows} >= {"none"} | of_any
+    of_scans = {"state_leaks", "empty_sequence_not_written"} if problem.stem in SCANS else set()
+    assert {row.fault for row in rows} >= {"none"} | of_any | of_scans
 
 
 @pytest.mark.parametrize("twin", ["triton", "pallas"])
-@pytest.mark.parametrize(("problem", "work"), SMALLEST, ids=[p.stem for p in PROBLEMS])
+@pytest.mark.parametrize(("problem", "work"), SMALLEST, ids=[p.stem for p, _ in SMALLEST])
 def test_every_cheating_kernel_is_caught(problem, work, twin, tally):
     rows = list(faults.behaviours(problem, work, twin))
     tally += rows

@@ -4,7 +4,6 @@ import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
-from parity.faults import answers
 from parity.problems import linear_scan, rglru
 from parity.spec import Arithmetic
 
@@ -88,13 +87,6 @@ def test_sequences_know_nothing_of_each_other(problem, work):
         same = np.array_equal(before[0][rows], after[0][rows])
         assert same == (s != hit)
         assert np.array_equal(before[1][s], after[1][s]) == (s != hit)
-
-
-@CASES
-def test_planted_faults_are_caught(problem, work):
-    found = list(answers(problem, work))
-    assert {c.fault for c in found} >= {"state_leaks", "empty_sequence_not_written"}
-    assert [f"{c.which} {c.fault}: {c.found}" for c in found if not c.ok] == []
 
 
 def test_layouts_and_costs():
