@@ -28,7 +28,9 @@ Sources: the chunked form of RetNet (arXiv:2307.08621), Mamba-2 (arXiv:2405.2106
 (arXiv:2312.06635).
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -37,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lib
-from .decay_attention_bwd import backward
+from .decay_attention_bwd import backward, bwd_tiles
 from .decay_attention_gates import gates
 from .decay_attention_states import (
     check_gates,
@@ -89,7 +91,7 @@ class Config:
 
 
 def default_config(
-    T: int, H: int, Hq: int, K: int, V: int, B: int, dtype: torch.dtype, which: str = "fwd"
+    T: int, B: int, Hq: int, H: int, K: int, V: int, dtype: torch.dtype, which: str = "fwd"
 ) -> Config:
     """The Config for T tokens in B sequences; which: "fwd", "states" or "grads" (of a backward)."""
     block_v, warps = min(64, _lib.power_of_2(V)), 8 if K > 128 else 4
@@ -178,7 +180,7 @@ def _decay_attention_fwd_kernel(
         tl.store(state_ptr(S_T_ptr, s, h, H, k, v, K, V, transposed), S, exist)
 
 
-def forward(
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -189,7 +191,7 @@ def forward(
     cu_seqlens: Tensor,
     scale: float,
     chunk: int,
-    config: Config | None,
+    tiles: Config,
     transposed: bool,
 ) -> list[Tensor]:
     """[y, S_T] with decays and weights as gates makes them, or decays (None, True): RetNet's. D [H]
@@ -197,7 +199,6 @@ def forward(
     (T, Hq, K), (H, V), B = q.shape, v.shape[1:], len(cu_seqlens) - 1
     y = v.new_empty(T, H, V)
     S_T = v.new_empty(B, H, *((V, K) if transposed else (K, V)), dtype=torch.float32)
-    tiles = config or default_config(T, H, Hq, K, V, B, v.dtype)
     span = _lib.cdiv(_lib.cdiv(T, tiles.spans), chunk) * chunk
     block_k, block_v = _lib.power_of_2(K), min(tiles.block_v, _lib.power_of_2(V))
     walk = tiles.block_v, tiles.stages, tiles.warps
@@ -246,8 +247,8 @@ def _forward(
     with _lib.on_device(v):
         _lib.check_gpu()
         decay, u = gates(g, i, cu_seqlens, chunk)
-        tiles = Config(*config) if config else None
-        return forward(q, k, v, decay, u, None, S0, cu_seqlens, scale, chunk, tiles, False)
+        tiles = Config(*config) if config else default_config(*_sizes(q, v, cu_seqlens))
+        return _launch(q, k, v, decay, u, None, S0, cu_seqlens, scale, chunk, tiles, False)
 
 
 def _fake_bwd(q, k, v, g, i, S0, cu_seqlens, dy, dS_T, scale, chunk, config):
@@ -286,7 +287,8 @@ def _backward(
     with _lib.on_device(v):
         _lib.check_gpu()
         decay, u = gates(g, i, cu_seqlens, chunk)
-        tiles = bwd_tiles(q, v, cu_seqlens, Config(*config) if config else None)
+        ask = functools.partial(default_config, *_sizes(q, v, cu_seqlens))
+        tiles = bwd_tiles(ask, Config(*config) if config else None)
         *grads, _ = backward(
             q, k, v, decay, u, i is not None, None, S0, cu_seqlens, dy, dS_T, scale, chunk,
             *tiles, False,
@@ -294,13 +296,10 @@ def _backward(
     return grads
 
 
-def bwd_tiles(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor, config: Config | None
-) -> tuple[Config, Config]:
-    """Configs of a backward: of the states kernel and of the gradients'."""
-    sizes = v.shape[0], v.shape[1], q.shape[1], q.shape[2], v.shape[2], len(cu_seqlens) - 1
-    states, grads = (config or default_config(*sizes, v.dtype, w) for w in ("states", "grads"))
-    return states, grads
+def _sizes(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Any, ...]:
+    """What default_config wants to know first."""
+    (T, Hq, K), (H, V) = q.shape, v.shape[1:]
+    return T, len(cu_seqlens) - 1, Hq, H, K, V, v.dtype
 
 
 def _check(q, k, v, g, i, S0, cu_seqlens, scale, chunk, config) -> None:
@@ -370,7 +369,7 @@ def decay_attention_bwd(
 
 class _DecayAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, i, S0, cu_seqlens, scale, chunk, config):
+    def _launch(ctx, q, k, v, g, i, S0, cu_seqlens, scale, chunk, config):
         options = {"scale": scale, "chunk": chunk}
         out, res = decay_attention_fwd(q, k, v, g, i, S0, cu_seqlens, **options, config=config)
         ctx.save_for_backward(*res)

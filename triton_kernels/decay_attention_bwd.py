@@ -20,6 +20,7 @@ Heads of one q are added up in a program, and what several programs have by a fu
 Twin: pallas_kernels/decay_attention_bwd.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _lib
+from .decay_attention_gates import sum_rows
 from .decay_attention_states import (
     decayed,
     decayed_T,
@@ -209,38 +211,6 @@ def _decay_attention_dkdv_kernel(
     tl.store(at, dk.to(dk_ptr.dtype.element_ty), inside(t0 + lane, end, k, K))
 
 
-@triton.jit
-def _decay_attention_sum_kernel(
-    x_ptr,  # [N, W] float32
-    y_ptr,  # [W]: the sum over the rows, in their order
-    N, W, stride_n, stride_w, block_n: tl.constexpr, block_w: tl.constexpr,
-):  # fmt: skip
-    # --- 1. which tile
-    w = tl.program_id(0).to(tl.int64) * block_w + tl.arange(0, block_w)
-    n = tl.arange(0, block_n)
-    acc = tl.zeros((block_n, block_w), tl.float32)
-    # --- 2. main loop
-    for n0 in tl.range(0, N, block_n):
-        at = (n0 + n).to(tl.int64)[:, None] * stride_n + w[None, :] * stride_w
-        acc += tl.load(x_ptr + at, (n0 + n < N)[:, None] & (w < W)[None, :], 0.0)
-    # --- 3. epilogue
-    y = tl.sum(acc, 0)
-    # --- 4. store
-    tl.store(y_ptr + w, y.to(y_ptr.dtype.element_ty), w < W)
-
-
-def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of x [N, W] float32 over its first axis, always in the same order."""
-    N, W = x.shape
-    y = x.new_empty(W, dtype=dtype)
-    block_n = min(64, _lib.power_of_2(N))  # few rows are long ones: a gradient's partial sums
-    block_w = 2048 // block_n
-    _decay_attention_sum_kernel[(_lib.cdiv(W, block_w),)](
-        x, y, N, W, x.stride(0), x.stride(1), block_n, block_w, num_warps=4
-    )
-    return y
-
-
 def backward(
     q: Tensor,
     k: Tensor,
@@ -324,3 +294,9 @@ def backward(
 def rows_like(v: Tensor) -> Tensor:
     """Room for a number of each token and head of v."""
     return v.new_empty(v.shape[:2], dtype=torch.float32)
+
+
+def bwd_tiles(ask: Callable[[str], Any], config: Any | None) -> tuple[Any, Any]:
+    """Configs of a backward, of the walks over states and of the rest: `config`, or what a
+    default_config answers, asked for "states" and for "grads"."""
+    return config or ask("states"), config or ask("grads")

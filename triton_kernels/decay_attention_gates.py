@@ -1,4 +1,5 @@
-"""Gates of decay attention: sums of logarithms within chunks, weights, and Mamba-2's step sizes.
+"""Gates of decay attention: sums of logarithms within chunks, weights, and Mamba-2's step sizes;
+sums of what chunks or programs have of one gradient.
 
     b = sum of g within the chunk of a token, up to it, in units of log 2        u = exp(i)
     Mamba-2: u = clamp(softplus(dt + bias)), g = u A
@@ -9,6 +10,7 @@ lacks at a sequence's end is filled up (g = 0, u = 0), so that nobody after need
 Twin: pallas_kernels/decay_attention_gates.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,6 +77,38 @@ def step_size(dt, bias_ptr, h, H, low, high, softplus: tl.constexpr):
     within = (dt >= low) & (dt <= high)
     limited = tl.where(dt < low, low, tl.where(dt > high, high, dt))  # NaN stays
     return limited, tl.where(within, slope, 0.0)
+
+
+@triton.jit
+def _decay_attention_sum_kernel(
+    x_ptr,  # [N, W] float32
+    y_ptr,  # [W]: the sum over the rows, in their order
+    N, W, stride_n, stride_w, block_n: tl.constexpr, block_w: tl.constexpr,
+):  # fmt: skip
+    # --- 1. which tile
+    w = tl.program_id(0).to(tl.int64) * block_w + tl.arange(0, block_w)
+    n = tl.arange(0, block_n)
+    acc = tl.zeros((block_n, block_w), tl.float32)
+    # --- 2. main loop
+    for n0 in tl.range(0, N, block_n):
+        at = (n0 + n).to(tl.int64)[:, None] * stride_n + w[None, :] * stride_w
+        acc += tl.load(x_ptr + at, (n0 + n < N)[:, None] & (w < W)[None, :], 0.0)
+    # --- 3. epilogue
+    y = tl.sum(acc, 0)
+    # --- 4. store
+    tl.store(y_ptr + w, y.to(y_ptr.dtype.element_ty), w < W)
+
+
+def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of x [N, W] float32 over its first axis, always in the same order."""
+    N, W = x.shape
+    y = x.new_empty(W, dtype=dtype)
+    block_n = min(64, _lib.power_of_2(N))  # few rows are long ones: a gradient's partial sums
+    block_w = 2048 // block_n
+    _decay_attention_sum_kernel[(_lib.cdiv(W, block_w),)](
+        x, y, N, W, x.stride(0), x.stride(1), block_n, block_w, num_warps=4
+    )
+    return y
 
 
 def gates(

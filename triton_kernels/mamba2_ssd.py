@@ -22,6 +22,10 @@ Twin: pallas_kernels/mamba2_ssd.py.
 Sources: Mamba-2 (arXiv:2405.21060).
 """
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,14 +33,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lib
-from .decay_attention import Config, bwd_tiles, default_config, forward
-from .decay_attention_bwd import backward, sum_rows
-from .decay_attention_gates import gates, step_size
+from .decay_attention import Config as _CoreConfig
+from .decay_attention import _launch
+from .decay_attention import default_config as _core_config
+from .decay_attention_bwd import backward, bwd_tiles
+from .decay_attention_gates import gates, step_size, sum_rows
 from .decay_attention_states import check_tokens, heads_adjacent
 
-__all__ = ["Config", "default_config", "mamba2_ssd", "mamba2_ssd_bwd", "mamba2_ssd_fwd"]
-
 INFINITY = float("inf")
+
+
+@dataclass(frozen=True)
+class Config(_CoreConfig):
+    """As decay_attention's."""
+
+
+def default_config(
+    T: int, B: int, G: int, H: int, N: int, P: int, dtype: torch.dtype, which: str = "fwd"
+) -> Config:
+    """The Config for T tokens in B sequences; which: "fwd", "states" or "grads" (of a backward)."""
+    return Config(*_lib.fields(_core_config(T, B, G, H, N, P, dtype, which)))
+
+
+def _sizes(x: Tensor, B: Tensor, cu_seqlens: Tensor) -> tuple[Any, ...]:
+    """What default_config wants to know first."""
+    (T, G, N), (H, P) = B.shape, x.shape[1:]
+    return T, len(cu_seqlens) - 1, G, H, N, P, x.dtype
 
 
 @triton.jit
@@ -152,12 +174,12 @@ def _forward(
     x, B, C = map(heads_adjacent, (x, B, C))
     h0, A, dt_bias = (None if v is None else v.contiguous() for v in (h0, A, dt_bias))
     cu_seqlens = cu_seqlens.contiguous()
-    tiles = Config(*config) if config else None
+    tiles = Config(*config) if config else default_config(*_sizes(x, B, cu_seqlens))
     with _lib.on_device(x):
         _lib.check_gpu()
         step = A, dt_bias, softplus, (low, high)
         decay, u = gates(dt, None, cu_seqlens, chunk, step)
-        y, h_T = forward(C, B, x, decay, u, D, h0, cu_seqlens, 1.0, chunk, tiles, True)
+        y, h_T = _launch(C, B, x, decay, u, D, h0, cu_seqlens, 1.0, chunk, tiles, True)
         return [y, h_T] if z is None else [*_gate(y, z, None), h_T, y]
 
 
@@ -202,7 +224,8 @@ def _backward(
     x, B, C, dy = map(heads_adjacent, (x, B, C, dy))
     h0, A, dt_bias, dh_T = (None if v is None else v.contiguous() for v in (h0, A, dt_bias, dh_T))
     cu_seqlens = cu_seqlens.contiguous()
-    tiles = bwd_tiles(C, x, cu_seqlens, Config(*config) if config else None)
+    ask = functools.partial(default_config, *_sizes(x, B, cu_seqlens))
+    tiles = bwd_tiles(ask, Config(*config) if config else None)
     with _lib.on_device(x):
         _lib.check_gpu()
         if before is not None and z is not None:

@@ -13,16 +13,37 @@ Twin: pallas_kernels/retention.py.
 Sources: RetNet (arXiv:2307.08621), without the normalisations that its group norm cancels.
 """
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lib
-from .decay_attention import Config, bwd_tiles, default_config, forward
-from .decay_attention_bwd import backward
+from .decay_attention import Config as _CoreConfig
+from .decay_attention import _launch
+from .decay_attention import default_config as _core_config
+from .decay_attention_bwd import backward, bwd_tiles
 from .decay_attention_states import check_states, check_tokens, heads_adjacent
 
-__all__ = ["Config", "default_config", "retention", "retention_bwd", "retention_fwd"]
+
+@dataclass(frozen=True)
+class Config(_CoreConfig):
+    """As decay_attention's."""
+
+
+def default_config(
+    T: int, B: int, H: int, K: int, V: int, dtype: torch.dtype, which: str = "fwd"
+) -> Config:
+    """The Config for T tokens in B sequences; which: "fwd", "states" or "grads" (of a backward)."""
+    return Config(*_lib.fields(_core_config(T, B, H, H, K, V, dtype, which)))
+
+
+def _sizes(q: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Any, ...]:
+    """What default_config wants to know first."""
+    return len(q), len(cu_seqlens) - 1, *v.shape[1:2], q.shape[2], v.shape[2], v.dtype
 
 
 def _fake_fwd(q, k, v, S0, cu_seqlens, scale, chunk, config):
@@ -48,11 +69,11 @@ def _forward(
         return [y.zero_(), S_T.zero_() if S0 is None else S_T.copy_(S0)]
     q, k, v = map(heads_adjacent, (q, k, v))
     S0, cu_seqlens = None if S0 is None else S0.contiguous(), cu_seqlens.contiguous()
-    tiles = Config(*config) if config else None
+    tiles = Config(*config) if config else default_config(*_sizes(q, v, cu_seqlens))
     with _lib.on_device(v):
         _lib.check_gpu()
         gates = (None, True), None, None
-        return forward(q, k, v, *gates, S0, cu_seqlens, scale, chunk, tiles, False)
+        return _launch(q, k, v, *gates, S0, cu_seqlens, scale, chunk, tiles, False)
 
 
 def _fake_bwd(q, k, v, S0, cu_seqlens, dy, dS_T, scale, chunk, config):
@@ -80,7 +101,8 @@ def _backward(
         return [*(x.zero_() for x in rows), dS0.zero_() if dS_T is None else dS0.copy_(dS_T)]
     q, k, v, dy = map(heads_adjacent, (q, k, v, dy))
     S0, dS_T = (None if x is None else x.contiguous() for x in (S0, dS_T))
-    tiles = bwd_tiles(q, v, cu_seqlens, Config(*config) if config else None)
+    ask = functools.partial(default_config, *_sizes(q, v, cu_seqlens))
+    tiles = bwd_tiles(ask, Config(*config) if config else None)
     with _lib.on_device(v):
         _lib.check_gpu()
         gates = (None, True), None, False, None
