@@ -363,8 +363,7 @@ def sees_the_next(case: Any) -> Any:
         own = decays(ar, b, u)
         next_one = ar.xp.zeros_like(own)
         next_one[..., :-1, 1:] = ar.xp.reshape(u, (*u.shape[:2], 1, -1))[..., 1:]
-        n = own.shape[-1]
-        beside = ar.xp.tril(ar.xp.triu(ar.xp.ones((n, n)), k=1), k=1) > 0
+        beside = ar.xp.tril(ar.xp.triu(ar.xp.ones_like(own[0, 0, :, :]), k=1), k=1) > 0
         return ar.xp.where(beside, next_one, own)
 
     return with_weights(case, loose)
