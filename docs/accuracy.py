@@ -5,8 +5,8 @@ product, and what a random rotation gives back.
     .venv/bin/python docs/accuracy.py     computes the rows again: a minute on one core
 
 No GPU takes part, and nothing is timed. Codes and scales are parity.formats', which are bit for bit
-those of the kernels; products and errors are float64. Rows are rounded to four digits, where
-another machine's order of summation does not show.
+those of the kernels that there are; products and errors are float64. Rows are rounded to four
+digits, where another machine's order of summation does not show.
 """
 
 import functools
@@ -392,9 +392,10 @@ class Accuracy:
             "A quantizer trades accuracy for bytes. These tables say how much, for every format "
             "that [`parity.formats`](../parity/formats/__init__.py) has and three kinds of data "
             "(`fp8_quantize_cols` is 1 x 128 along the other axis). "
-            "They were computed on a CPU by [`docs/accuracy.py`](accuracy.py): no GPU took part "
-            "and nothing was timed. Codes and scales are those that the kernels make, bit for bit; "
-            "products and errors are float64. `make docs` renders the recorded rows."
+            "They were computed on a CPU by [`docs/accuracy.py`](accuracy.py), from fixed seeds: no "
+            "GPU took part and nothing was timed. Where a format has a kernel here, its codes and "
+            "scales are these, bit for bit; products and errors are float64. `make docs` renders "
+            "the recorded rows."
         )
         yield (
             f"x is [{M}, {K}], w [{N}, {K}], both bfloat16. *Gaussian*: all numbers from N(0, 1). "
@@ -418,8 +419,8 @@ class Accuracy:
         )
         yield (
             "*Bits* counts codes, scales and zero points. The least error for the bits at four of "
-            "them is NF4's on Gaussian data, whose quantiles it holds; zero points are worth about "
-            "as much as halving the group. A float whose scale is any number stores the largest of "
+            "them is NF4's on Gaussian data, whose quantiles it holds; zero points are worth at "
+            "least as much as halving the group. A float whose scale is any number stores the largest of "
             "its block exactly: with outlier channels that is most of the energy, which is why "
             "e4m3 by 1 x 128 stands out there and loses it with a power of two as its scale."
         )
