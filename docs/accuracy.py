@@ -392,10 +392,10 @@ class Accuracy:
             "A quantizer trades accuracy for bytes. These tables say how much, for every format "
             "that [`parity.formats`](../parity/formats/__init__.py) has and three kinds of data "
             "(`fp8_quantize_cols` is 1 x 128 along the other axis). "
-            "They were computed on a CPU by [`docs/accuracy.py`](accuracy.py), from fixed seeds: no "
-            "GPU took part and nothing was timed. Where a format has a kernel here, its codes and "
-            "scales are these, bit for bit; products and errors are float64. `make docs` renders "
-            "the recorded rows."
+            "They were computed on a CPU by [`docs/accuracy.py`](accuracy.py), from fixed seeds: "
+            "no GPU took part and nothing was timed. Where a format has a kernel here, its codes "
+            "and scales are these, bit for bit; products and errors are float64. `make docs` "
+            "renders the recorded rows."
         )
         yield (
             f"x is [{M}, {K}], w [{N}, {K}], both bfloat16. *Gaussian*: all numbers from N(0, 1). "
@@ -419,10 +419,10 @@ class Accuracy:
         )
         yield (
             "*Bits* counts codes, scales and zero points. The least error for the bits at four of "
-            "them is NF4's on Gaussian data, whose quantiles it holds; zero points are worth at "
-            "least as much as halving the group. A float whose scale is any number stores the largest of "
-            "its block exactly: with outlier channels that is most of the energy, which is why "
-            "e4m3 by 1 x 128 stands out there and loses it with a power of two as its scale."
+            "them is NF4's on Gaussian data, whose quantiles it holds; zero points are worth more "
+            "there than groups of half the size. A float whose scale is any number stores the "
+            "largest of its block exactly: with outlier channels that is most of the energy, which "
+            "is why e4m3 by 1 x 128 stands out there and loses it with a power of two as its scale."
         )
         yield table(
             ["format", "one scale for", "bits", *(f"{name}, dB" for name in DATA.values())],
