@@ -64,17 +64,18 @@ def traffic(each: Callable[[Touch], None] | None = None) -> Iterator[Traffic]:
 
     def seen(self: Any, pointers: Any, mask: Any, stored: bool) -> int:
         itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        lanes = np.asarray(mask.data).astype(bool)  # of a descriptor, mask is an array
         if each:
-            each(Touch(self.grid_idx, stored, pointers.data, mask.data.astype(bool), itemsize))
-        return int(mask.data.sum()) * itemsize
+            each(Touch(self.grid_idx, stored, pointers.data, lanes, itemsize))
+        return int(lanes.sum()) * itemsize
 
-    def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         moved.read += seen(self, ptrs, mask, False)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
-    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         moved.written += seen(self, ptrs, mask, True)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **named)
 
     with (
         mock.patch.object(InterpreterBuilder, "create_masked_load", loaded),
