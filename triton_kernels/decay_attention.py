@@ -369,7 +369,7 @@ def decay_attention_bwd(
 
 class _DecayAttention(torch.autograd.Function):
     @staticmethod
-    def _launch(ctx, q, k, v, g, i, S0, cu_seqlens, scale, chunk, config):
+    def forward(ctx, q, k, v, g, i, S0, cu_seqlens, scale, chunk, config):
         options = {"scale": scale, "chunk": chunk}
         out, res = decay_attention_fwd(q, k, v, g, i, S0, cu_seqlens, **options, config=config)
         ctx.save_for_backward(*res)

@@ -123,7 +123,10 @@ def find_span(cu_ptr, p, T, B, span, chunk: tl.constexpr, block_b: tl.constexpr)
     slots = tl.where(s < seq, tl.maximum(tl.cdiv(stop - start, chunk), 1), 0)
     slot = tl.sum(slots, 0) + skipped // chunk
     end = tl.minimum(skipped + span, length)
-    return seq, begin + skipped, begin + end, skipped == 0, end == length, slot
+    # sequences that overlap may have more chunks than there are slots
+    room = tl.maximum(T // chunk + B - slot, 0) * chunk
+    stop = tl.minimum(end, skipped + room)
+    return seq, begin + skipped, begin + stop, skipped == 0, end == length, slot
 
 
 @triton.jit
