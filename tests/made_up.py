@@ -13,9 +13,14 @@ DEVICE = "NVIDIA H200"
 
 
 @cache
+def _results() -> report.Results:
+    return report.Results.here()
+
+
+@cache
 def current(target: str, workload: str) -> str:
     """The hash of a twin's files, so that its rows are not outdated."""
-    return report.Results.here()._hash(target, workload)
+    return _results()._hash(target, workload)
 
 
 def row(problem, work, which: str, impl: str, us: float | None, **more) -> dict:
