@@ -140,7 +140,10 @@ def test_nan_reaches_its_own_vector_and_no_other(side: str):
     (y,) = call(side, "hadamard", "hadamard_rotate", x, signs)
     assert not np.isfinite(y[[3, 66]]).any() and np.isfinite(np.delete(y, [3, 66], 0)).all()
     q, scale = call(side, "hadamard", "hadamard_quantize", x, signs, fmt="int8")
-    assert not q[[3, 66]].any() and not np.isfinite(scale[[3, 66]]).any()
+    assert not q[[3, 66]].any() and np.isnan(scale[3]) and np.isinf(scale[66])
+    assert np.isfinite(np.delete(scale, [3, 66])).all()
+    q, scale = call(side, "hadamard", "hadamard_quantize", x, signs, fmt="e4m3")
+    assert (q[3] & 0x7F == 0x7F).all() and np.isnan(scale[3]) and np.isinf(scale[66])
 
 
 # --- the arithmetic, for all mantissas: what Mosaic's division leaves to be done by hand

@@ -13,6 +13,8 @@ and `install` adds:
     dependent_launch    griddepcontrol: nothing to wait for
     inline_code         plgpu.inline_mgpu of a function that says, as its attribute `in_jax`, what
                         it computes
+    nan_maximum         the maximum or minimum of 4096 elements and more: XLA's on a CPU forgets
+                        NaN, where a GPU's are max.NaN and min.NaN
     wgmma_races         the race detector sees what wgmma reads, and that it reads until wgmma_wait
     (several devices)   under shard_map: none checks for left-over barriers before all are done
     (time)              its callbacks take the arrays that XLA hands them: making jax arrays of them
@@ -514,6 +516,15 @@ def _atomic(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
     return _write(self, eqn, token, key, new, transforms or ()), []
 
 
+def _extreme(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
+    """A maximum or minimum along axes, NaN where there is one."""
+    (x,) = values
+    found = eqn.primitive.bind(x, **eqn.params)
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        found = jnp.where(jnp.isnan(x).any(eqn.params["axes"]), jnp.nan, found)
+    return token, [found]
+
+
 def _nothing(self: Any, eqn: Any, token: Any, values: list) -> tuple[Any, list]:
     return token, []
 
@@ -575,6 +586,8 @@ def _rule(eqn: Any) -> Callable[..., tuple[Any, list]] | None:
         return _register_operand if in_registers else None
     return {
         J.discharge.run_state_p: _run_state,
+        lax.reduce_max_p: _extreme,
+        lax.reduce_min_p: _extreme,
         P.wgmma_accumulator_store_p: _accumulator_store,
         P.wgmma_wait_p: _wait,
         P.atomic_store_p: _atomic,
@@ -880,6 +893,15 @@ def _inline_code_body(x: Any, y: Any) -> None:
     y[...] = inline(same)(x[...].astype(jnp.float32))
 
 
+def _nan_maximum_body(x: Any, y: Any) -> None:
+    """x, and NaN if a maximum forgets one."""
+    value = x[...].astype(jnp.float32)
+    index = plgpu.broadcasted_iota(jnp.int32, (64, 64), 1, layout=plgpu.Layout.WGMMA)
+    top = jnp.where(index == 5, jnp.nan, value).max(axis=1)
+    kept = lax.broadcast_in_dim(jnp.isnan(top), (64, 64), [0])
+    y[...] = jnp.where(kept, value, jnp.nan)
+
+
 def _wgmma_races_body(x: Any, y: Any, x_smem: Any, barrier: Any) -> None:
     plgpu.copy_gmem_to_smem(x, x_smem, barrier)
     plgpu.barrier_wait(barrier)
@@ -909,6 +931,7 @@ def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
         "tma_reduction": _kernel(_tma_reduction_body, plgpu.SMEM((64, 64), jnp.float32)),
         "dependent_launch": _kernel(_dependent_launch_body),
         "inline_code": _kernel(_inline_code_body),
+        "nan_maximum": _kernel(_nan_maximum_body),
         "wgmma_races": _kernel(_wgmma_races_body, *_tile()),
     }
 
@@ -935,7 +958,11 @@ def _probe(name: str, kernel: Callable[[jax.Array], jax.Array]) -> Probe:
     try:
         params = plgpu.InterpretGPUParams(detect_races=detect)
         with plgpu.force_gpu_interpret_mode(params):
-            jax.block_until_ready(jax.jit(lambda x: kernel(x))(jnp.ones((64, 64), jnp.bfloat16)))
+            y = jax.block_until_ready(
+                jax.jit(lambda x: kernel(x))(jnp.ones((64, 64), jnp.bfloat16))
+            )
+        if name == "nan_maximum" and bool(jnp.isnan(y).any()):
+            return Probe(name, False, "a maximum forgot NaN")
         if detect and not races():
             return Probe(name, False, "no race reported")
     except Exception as error:
