@@ -19,7 +19,8 @@ in float16) has a constant's bits with q's or-ed in, two at once with one instru
 a number too, and the difference is exact.
 
 The order of the nibbles is such that a word's two neighbours, which a thread holds in one register,
-are neighbours in every plane: int4_prepack brings weights into it, once.
+are neighbours in every plane: int4_prepack brings weights into it, once. What it takes comes from
+int4_quantize, or from GPTQ's and AWQ's files: int4_matmul_checkpoints.py.
 
 Instructions for 8 weights: 3 shifts, 4 and-or, 4 subtractions, 4 multiplications, 1.9 for each. All
 of W [28672, 8192] takes an H200 15 us of issue slots, and its bytes 28 us.
