@@ -142,6 +142,8 @@ def _decay_attention_fwd_kernel(
     if enters_ptr is not None:
         S = tl.load(state_ptr(enters_ptr, p, h, H, k, v, K, V, transposed), exist, 0.0)
     s = tl.where(ends, s, -1)
+    if D_ptr is not None and stride_Dv == 0:
+        D = tl.load(D_ptr + h * stride_D)
     lane = tl.arange(0, chunk)
     if constant:  # the same in every chunk
         g = constant_decay(b_ptr, h)
@@ -172,8 +174,9 @@ def _decay_attention_fwd_kernel(
 
         # --- 3. epilogue
         if D_ptr is not None:
-            D = tl.load(D_ptr + h * stride_D + v * stride_Dv, v < V, 0.0)
-            acc += D[None, :] * v_tile.to(tl.float32)
+            if stride_Dv != 0:
+                D = tl.load(D_ptr + h * stride_D + v * stride_Dv, v < V, 0.0)[None, :]
+            acc += D * v_tile.to(tl.float32)
         # --- 4. store
         store_tokens(y_all, acc, t0, end, h, v0, H, V, chunk, block_v, tma)
     if s >= 0:
