@@ -84,6 +84,15 @@ PREDICTED_QUIET = {
     ("e4m3", "row"): (31.5, 17.0),
     ("e4m3", "1 x 128"): (31.5, 17.0),
 }
+# SQNR in dB of x rotated there and back, by as many numbers at a time as the kernels can; written
+# down when 128 had been seen by way of the product, before these were computed
+SIZES = (64, 128, 256)
+PREDICTED_SIZES = {
+    ("outliers", "int8", "row"): (40.5, 41.5, 42.0),
+    ("outliers", "int4", "group of 128"): (22.5, 24.3, 24.0),
+    ("fa3", "int8", "row"): (40.0, 40.6, 40.9),
+    ("fa3", "int4", "group of 128"): (18.6, 18.8, 18.9),
+}
 # the same as PREDICTED for the output of attention; 1.6 was known from a replication for SPECS
 PREDICTED_ATTENTION = {
     ("e4m3", "tensor"): 1.6,
@@ -332,6 +341,17 @@ def measured_attention(fmt: tuple[str, str]) -> dict[str, Any]:
     return {"study": "attention", "data": "fa3", "format": fmt[0], "shared": fmt[1]} | rms
 
 
+def measured_sizes(data: str, fmt: Format) -> dict[str, Any]:
+    """One row: x as it is, and rotated by 64, 128 and 256 numbers at a time."""
+    x, _ = drawn(data)
+    row = {"study": "sizes", "data": data, "format": fmt.name, "shared": fmt.shared}
+    row["plain_db"] = digits(decibels(distance(fmt.of_x(x)[0], x)))
+    for n in SIZES:
+        back = rotated_back(fmt.of_x(rotated(x, n))[0], n)
+        row[f"n{n}_db"] = digits(decibels(distance(back, x)))
+    return row
+
+
 def attended(logits: np.ndarray, v: np.ndarray) -> np.ndarray:
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True) @ v.astype(np.float64)
@@ -352,6 +372,7 @@ def measure() -> None:
     found = [measured(data, fmt) for data in DATA for fmt in FORMATS.values()]
     found += [measured_rotation(data, FORMATS[fmt, of]) for data, fmt, of in PREDICTED]
     found += [measured_quiet(FORMATS[fmt]) for fmt in PREDICTED_QUIET]
+    found += [measured_sizes(data, FORMATS[fmt, of]) for data, fmt, of in PREDICTED_SIZES]
     found += [measured_attention(fmt) for fmt in PREDICTED_ATTENTION]
     RECORDS.write_text("".join(json.dumps(row) + "\n" for row in found))
 
