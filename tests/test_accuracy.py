@@ -32,6 +32,7 @@ def test_the_page_and_its_pictures_are_current(accuracy: ModuleType):
 def test_every_row_is_there_and_every_quantizer_is_asked(accuracy: ModuleType):
     wanted = {("format", data, *key) for data in accuracy.DATA for key in accuracy.FORMATS}
     wanted |= {("rotation", *key) for key in accuracy.PREDICTED}
+    wanted |= {("sizes", *key) for key in accuracy.PREDICTED_SIZES}
     wanted |= {("quiet", "outliers", *key) for key in accuracy.PREDICTED_QUIET}
     wanted |= {("attention", "fa3", *key) for key in accuracy.PREDICTED_ATTENTION}
     assert set(accuracy.recorded()) == wanted
@@ -49,6 +50,7 @@ def test_every_row_is_there_and_every_quantizer_is_asked(accuracy: ModuleType):
         ("format", "fa3", "MXFP4, floor", "group of 32"),
         ("rotation", "outliers", "int4", "group of 128"),
         ("quiet", "outliers", "e4m3", "row"),
+        ("sizes", "fa3", "int8", "row"),
     ],
     ids=" ".join,
 )
@@ -59,6 +61,7 @@ def test_a_row_is_what_the_script_computes(accuracy: ModuleType, key: tuple[str,
         "format": lambda: accuracy.measured(data, fmt),
         "rotation": lambda: accuracy.measured_rotation(data, fmt),
         "quiet": lambda: accuracy.measured_quiet(fmt),
+        "sizes": lambda: accuracy.measured_sizes(data, fmt),
     }[study]()
     recorded = accuracy.recorded()[key]
     assert again.keys() == recorded.keys()
