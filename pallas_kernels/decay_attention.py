@@ -114,7 +114,7 @@ def default_config(
     return Config(64, max(1, spans), 2 if K > 128 else 3, warpgroups)
 
 
-def span_of(T: int, config: Config) -> int:
+def _span_of(T: int, config: Config) -> int:
     """Tokens of a span."""
     return max(CHUNK, _lib.cdiv(_lib.cdiv(T, config.spans), CHUNK) * CHUNK)
 
@@ -225,7 +225,7 @@ def _decay_attention_fwd_kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def forward(
+def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, S0: jax.Array | None,
     D: jax.Array | None, cu_seqlens: jax.Array, *, scale: float, transposed: bool,
     config: Config | None,
@@ -233,11 +233,11 @@ def forward(
     """(y, S_T). D [H, V]: y + D v. transposed: S0 and S_T are [B, H, V, K]."""
     (T, groups, K), (_, H, V), B = q.shape, v.shape, len(cu_seqlens) - 1
     config = config or default_config(T, B, groups, H, K, V, q.dtype)
-    check_fits(config, groups, H, K, V)
-    (q, k, v, D), S0 = padded(config, q, k, v, D), padded_state(config, S0, transposed)
+    _check_fits(config, groups, H, K, V)
+    (q, k, v, D), S0 = _padded(config, q, k, v, D), _padded_state(config, S0, transposed)
     (T_room, _, K_room), V_room = q.shape, v.shape[2]
     block_v, wgs, stages = config.block_v, config.warpgroups, config.stages
-    span = span_of(T_room, config)
+    span = _span_of(T_room, config)
     enters = entering_states(
         k, v, gates, cu_seqlens, S0, span=span, scale=scale, transposed=transposed, reverse=False,
         config=config,
@@ -274,7 +274,7 @@ def forward(
     return y[:T, :, :V], S_T[:, :, :rows, :columns]
 
 
-def gradients(
+def _gradients(
     q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, gates: jax.Array,
     S0: jax.Array | None, dS_T: jax.Array | None, D: jax.Array | None, cu_seqlens: jax.Array, *,
     scale: float, transposed: bool, config: Config | None,
@@ -282,11 +282,11 @@ def gradients(
     """(dS0, dq, dk, dv, dgates), and dD [H, V] with D; dgates [slots, H, 132] as gates are."""
     (T, groups, K), (_, H, V), B = q.shape, v.shape, len(cu_seqlens) - 1
     config = config or default_config(T, B, groups, H, K, V, q.dtype, "bwd")
-    check_fits(config, groups, H, K, V)
-    q, k, v, dy, D = padded(config, q, k, v, dy.astype(v.dtype), D)
-    S0, dS_T = (padded_state(config, S, transposed) for S in (S0, dS_T))
+    _check_fits(config, groups, H, K, V)
+    q, k, v, dy, D = _padded(config, q, k, v, dy.astype(v.dtype), D)
+    S0, dS_T = (_padded_state(config, S, transposed) for S in (S0, dS_T))
     dS0, dq, dk, dv, dgates, *dD = backward(
-        q, k, v, dy, gates, S0, dS_T, D, cu_seqlens, span=span_of(q.shape[0], config), scale=scale,
+        q, k, v, dy, gates, S0, dS_T, D, cu_seqlens, span=_span_of(q.shape[0], config), scale=scale,
         transposed=transposed, config=config,
     )  # fmt: skip
     rows, columns = (V, K) if transposed else (K, V)
@@ -321,7 +321,7 @@ def decay_attention_fwd(
     cu_seqlens: jax.Array,
     *,
     scale: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int = 64,
     config: Config | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     """As `decay_attention`, and what the backward needs: res = (q, k, v, g, i, S0, cu_seqlens)."""
@@ -331,7 +331,7 @@ def decay_attention_fwd(
     if 0 in (T, H, K, V, B):
         S_T = jnp.zeros((B, H, K, V), jnp.float32) if S0 is None else S0
         return (jnp.zeros_like(v), S_T), res
-    y, S_T = forward(
+    y, S_T = _forward(
         q, k, v, gates_of(g, i, cu_seqlens, T, H), S0, None, cu_seqlens, scale=float(scale),
         transposed=False, config=config,
     )  # fmt: skip
@@ -345,7 +345,7 @@ def decay_attention_bwd(
     dS_T: jax.Array | None = None,
     *,
     scale: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int = 64,
     config: Config | None = None,
 ) -> tuple[jax.Array, ...]:
     """Gradients of `decay_attention`.
@@ -366,7 +366,7 @@ def decay_attention_bwd(
     _lib.check_array("dy", dy, tuple(v.shape), None)
     check_states(cu_seqlens, (H, K, V), dS_T=dS_T)
     gates = gates_of(g, i, cu_seqlens, T, H)
-    dS0, dq, dk, dv, dgates = gradients(
+    dS0, dq, dk, dv, dgates = _gradients(
         q, k, v, dy, gates, S0, dS_T, None, cu_seqlens, scale=float(scale), transposed=False,
         config=config,
     )  # fmt: skip
@@ -408,7 +408,7 @@ def decay_attention(
     cu_seqlens: jax.Array,
     *,
     scale: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int = 64,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """y[T, H, V] in v's dtype, and the last states S_T[B, H, K, V] float32. Differentiable.
@@ -432,7 +432,7 @@ def decay_attention(
     return _decay_attention(*given, float(scale), config)
 
 
-def padded(config: Config, *arrays: jax.Array | None) -> list[Any]:
+def _padded(config: Config, *arrays: jax.Array | None) -> list[Any]:
     """Arrays [T, heads, columns] and [heads, columns] with whole tiles of columns, and rows in
     eights, the rows of a piece of swizzled shared memory."""
     q, k, v, *more = arrays
@@ -443,12 +443,12 @@ def padded(config: Config, *arrays: jax.Array | None) -> list[Any]:
     return rows
 
 
-def padded_state(config: Config, S: jax.Array | None, transposed: bool) -> jax.Array | None:
+def _padded_state(config: Config, S: jax.Array | None, transposed: bool) -> jax.Array | None:
     tiles = (config.block_v, 64) if transposed else (64, config.block_v)
     return None if S is None else _lib.pad(S, *tiles)
 
 
-def check_fits(config: Config, groups: int, H: int, K: int, V: int) -> None:
+def _check_fits(config: Config, groups: int, H: int, K: int, V: int) -> None:
     """Raises for a Config that these sizes do not fit."""
     panels = H // groups * _lib.cdiv(V, config.block_v)
     if panels % config.warpgroups:

@@ -23,6 +23,7 @@ Sources: Mamba-2 (arXiv:2405.21060).
 """
 
 import functools
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -32,7 +33,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _lib
-from .decay_attention import Config, default_config, forward, gradients
+from .decay_attention import Config as _CoreConfig
+from .decay_attention import _forward, _gradients
+from .decay_attention import default_config as _core_config
 from .decay_attention_gates import (
     HEADS,
     StepSizes,
@@ -52,10 +55,20 @@ from .decay_attention_states import (
     store_rows,
 )
 
-__all__ = ["Config", "default_config", "mamba2_ssd", "mamba2_ssd_bwd", "mamba2_ssd_fwd"]
-
 INFINITY = float("inf")
 PIECE = 1024  # elements that a warpgroup gates at once, 16 bytes a lane
+
+
+@dataclass(frozen=True)
+class Config(_CoreConfig):
+    """As decay_attention's."""
+
+
+def default_config(
+    T: int, B: int, G: int, H: int, N: int, P: int, dtype: Any, which: str = "fwd"
+) -> Config:
+    """The Config for T tokens in B sequences on a Hopper; which: "fwd" or "bwd"."""
+    return Config(**asdict(_core_config(T, B, G, H, N, P, dtype, which)))
 
 
 def _mamba2_ssd_gate_kernel(*refs: Any, back: bool) -> None:
@@ -218,7 +231,8 @@ def mamba2_ssd_fwd(
         return (y, h_T), (*given, None if z is None else y)
     steps = StepSizes(A, dt_bias, dt_softplus, low, high)
     gates = gates_of(dt, None, cu_seqlens, T, H, steps)
-    y, h_T = forward(
+    config = config or default_config(T, sequences, B.shape[1], H, N, P, x.dtype)
+    y, h_T = _forward(
         C, B, x, gates, h0, _by_channel(D, H, P), cu_seqlens, scale=1.0, transposed=True,
         config=config,
     )  # fmt: skip
@@ -259,7 +273,8 @@ def mamba2_ssd_bwd(
     dy, dz = dy.astype(x.dtype), []
     if z is not None:
         dy, *dz = _gate(before, z, dy)
-    dh0, dC, dB, dx, dgates, *dD = gradients(
+    config = config or default_config(T, sequences, B.shape[1], H, N, P, x.dtype, "bwd")
+    dh0, dC, dB, dx, dgates, *dD = _gradients(
         C, B, x, dy, gates, h0, dh_T, _by_channel(D, H, P), cu_seqlens, scale=1.0, transposed=True,
         config=config,
     )  # fmt: skip

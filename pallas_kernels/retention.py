@@ -14,17 +14,30 @@ Sources: RetNet (arXiv:2307.08621), without the normalisations that its group no
 """
 
 import functools
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from . import _lib
-from .decay_attention import Config, default_config, forward, gradients
+from .decay_attention import Config as _CoreConfig
+from .decay_attention import _forward, _gradients
+from .decay_attention import default_config as _core_config
 from .decay_attention_gates import gates_of
 from .decay_attention_states import check_states, check_tokens
 
-__all__ = ["Config", "default_config", "retention", "retention_bwd", "retention_fwd"]
+
+@dataclass(frozen=True)
+class Config(_CoreConfig):
+    """As decay_attention's."""
+
+
+def default_config(
+    T: int, B: int, H: int, K: int, V: int, dtype: Any, which: str = "fwd"
+) -> Config:
+    """The Config for T tokens in B sequences on a Hopper; which: "fwd" or "bwd"."""
+    return Config(**asdict(_core_config(T, B, H, H, K, V, dtype, which)))
 
 
 def _check(q, k, v, S0, cu_seqlens, scale, chunk, config) -> float:
@@ -57,8 +70,9 @@ def retention_fwd(
     if 0 in (T, H, K, V, B):
         S_T = jnp.zeros((B, H, K, V), jnp.float32) if S0 is None else S0
         return (jnp.zeros_like(v), S_T), res
+    config = config or default_config(T, B, H, K, V, v.dtype)
     gates = gates_of(None, None, cu_seqlens, T, H)
-    y, S_T = forward(
+    y, S_T = _forward(
         q, k, v, gates, S0, None, cu_seqlens, scale=factor, transposed=False, config=config
     )  # fmt: skip
     y, S_T = _lib.vary_alike(y, S_T, q)[:2]
@@ -89,8 +103,9 @@ def retention_bwd(
         dS0 = jnp.zeros((B, H, K, V), jnp.float32) if dS_T is None else dS_T
         found = (*map(jnp.zeros_like, (q, k, v)), dS0)
         return found[: 3 + (S0 is not None)]
+    config = config or default_config(T, B, H, K, V, v.dtype, "bwd")
     gates = gates_of(None, None, cu_seqlens, T, H)
-    dS0, dq, dk, dv, _ = gradients(
+    dS0, dq, dk, dv, _ = _gradients(
         q, k, v, dy, gates, S0, dS_T, None, cu_seqlens, scale=factor, transposed=False,
         config=config,
     )  # fmt: skip
