@@ -152,6 +152,6 @@ PROBLEM = Problem(
         "triton": "triton_kernels.fp8_quantize:fp8_quantize_rows",
         "pallas": "pallas_kernels.fp8_quantize:fp8_quantize_rows",
     },
-    peers={},
+    peers={"torch.compile": "parity.peers.quantize:compiled_fp8"},
     glue=("pad", "slice", "copy", "convert_element_type"),
 )

@@ -190,7 +190,7 @@ PROBLEM = Problem(
         "triton": "triton_kernels.hadamard:hadamard_rotate",
         "pallas": "pallas_kernels.hadamard:hadamard_rotate",
     },
-    peers={},
+    peers={"torch.compile": "parity.peers.quantize:torch_hadamard"},
     bwd_options=("inverse",),
     glue=("pad", "slice", "copy", "convert_element_type"),
 )

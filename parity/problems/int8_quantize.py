@@ -106,6 +106,6 @@ PROBLEM = Problem(
         "triton": "triton_kernels.int8_quantize:int8_quantize",
         "pallas": "pallas_kernels.int8_quantize:int8_quantize",
     },
-    peers={},
+    peers={"torch.compile": "parity.peers.quantize:compiled_int8"},
     glue=("pad", "slice", "copy", "convert_element_type"),
 )
