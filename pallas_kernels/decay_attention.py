@@ -94,8 +94,8 @@ class Config:
             raise ValueError(f"block_v: expected 64 or 128, got {self.block_v}")
         if self.spans < 1:
             raise ValueError(f"spans: expected at least 1, got {self.spans}")
-        if self.stages < 2:
-            raise ValueError(f"stages: expected at least 2, got {self.stages}")
+        if self.stages < 1:
+            raise ValueError(f"stages: expected at least 1, got {self.stages}")
         if self.warpgroups not in (1, 2):
             raise ValueError(f"warpgroups: expected 1 or 2, got {self.warpgroups}")
 

@@ -85,43 +85,50 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
 
     @pl.when((wg == 0) & (live > 0))
     def _() -> None:
-        plgpu.copy_gmem_to_smem(q_gmem.at[rows, group], q_smem, once)
-        plgpu.copy_gmem_to_smem(k_gmem.at[rows, group], k_smem, once)
+        plgpu.copy_gmem_to_smem(q_gmem.at[rows, group], q_smem.at[0], once)
+        plgpu.copy_gmem_to_smem(k_gmem.at[rows, group], k_smem.at[0], once)
 
     walk = Walk(full, free, stages, steps, copy)
     none = filled((CHUNK,), 0.0)
 
-    def product(a: Any, b: Any, init: Any = None) -> jax.Array:
-        columns = b.shape[1]
+    def hidden() -> Any:
+        """0, in words that the compiler does not see through: what it is added to is worked out in
+        each step. Kept instead, such addresses and masks would fill 50 registers."""
+        return lax.div(lax.axis_index("wg"), 2)
 
-        def made(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, a, b)
-            return acc[...]
+    def products(*pairs: tuple[Any, Any]) -> list[jax.Array]:
+        """Of 64 rows and 64 columns each."""
 
-        return pl.run_scoped(made, plgpu.ACC((CHUNK, columns), jnp.float32))
+        def made(*accs: Any) -> list[jax.Array]:
+            for acc, (a, b) in zip(accs, pairs, strict=True):
+                plgpu.wgmma(acc, a, b)
+            return [acc[...] for acc in accs]
 
-    def entered(i: Any) -> Any:
+        return pl.run_scoped(made, *[plgpu.ACC((CHUNK, CHUNK), jnp.float32)] * len(pairs))
+
+    def entered(i: Any, loads: bool) -> Any:
         """The slot of step i, rows of other sequences cleared."""
-        slot = walk.enter(i)
+        slot = walk.enter(i, loads)
 
         @pl.when(live < CHUNK)
         def _() -> None:
-            pl.when(wg == 0)(lambda: clear(v_smem.at[slot], live))
-            pl.when(wg == 1)(lambda: clear(dy_smem.at[slot], live))
+            clear((v_smem if loads else dy_smem).at[slot], live)
             plgpu.commit_smem()
             meet(met, 2)
 
         return slot
 
-    def put(target: Any, total: jax.Array) -> None:
+    def put(own: int, target: Any, total: jax.Array) -> None:
         """Stores dq or dk."""
+        zero = hidden()
+        t, h = first + zero, group + zero
         for n in range(K // 64):
-            out_smem[wg, n] = total[:, n * 64 : (n + 1) * 64].astype(out_smem.dtype)
+            out_smem[own, n] = total[:, n * 64 : (n + 1) * 64].astype(out_smem.dtype)
         plgpu.commit_smem()
         for n in range(K // 64):
             store_rows(
-                out_smem.at[wg, n], live,
-                lambda lo, size, n=n: target.at[pl.ds(first + lo, size), group, pl.ds(n * 64, 64)],
+                out_smem.at[own, n], live + zero,
+                lambda lo, size, n=n: target.at[pl.ds(t + lo, size), h, pl.ds(n * 64, 64)],
             )  # fmt: skip
 
     @pl.when(live > 0)
@@ -130,40 +137,46 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
 
         @pl.when(live < CHUNK)
         def _() -> None:
-            pl.when(wg == 0)(lambda: clear(q_smem, live))
-            pl.when(wg == 1)(lambda: clear(k_smem, live))
+            pl.when(wg == 0)(lambda: clear(q_smem.at[0], live))
+            pl.when(wg == 1)(lambda: clear(k_smem.at[0], live))
             plgpu.commit_smem()
             meet(met, 2)
 
     # --- 2. main loop
     @pl.when((wg == 0) & (live > 0))
     def _queries() -> None:
-        qk = product(q_smem, k_smem.T)
-
         def step(i: Any, carry: Any) -> Any:
             dq, r, e = carry
-            slot = entered(i)
+            slot = entered(i, True)
+            zero = hidden()
+            q_tile, k_tile = q_smem.at[zero], k_smem.at[zero]
             v_tile, dy_tile, gates = v_smem.at[slot], dy_smem.at[slot], gates_smem.at[slot]
             S_tile, dS_tile = S_smem.at[slot], dS_smem.at[slot]
             b, b_n = load_gates(gates, 0, ROW), gates[CHUNK - 1]
-            z = product(dy_tile, v_tile.T)
+            z, qk = products((dy_tile, v_tile.T), (q_tile, k_tile.T))
             theirs = [down(load_gates(gates, n, COLUMN), CHUNK) for n in range(2)]
             z = z * jnp.exp2(across(b, CHUNK) - theirs[0]) * (theirs[1] * scale)
-            z = jnp.where(iota(z.shape, 1) + i <= iota(z.shape, 0) + i, z, 0.0)
+            z = jnp.where(iota(z.shape, 1) + zero <= iota(z.shape, 0), z, 0.0)
             r = r + (z * qk).sum(axis=1)
             z = z.astype(q_smem.dtype)
             dy = load_tile(dy_tile) * across(jnp.exp2(b) * scale, 64)
-            r = r + (product(q_smem, S_tile) * dy).sum(axis=1)
+            r = r + (products((q_tile, S_tile))[0] * dy).sum(axis=1)
             dy = dy.astype(q_smem.dtype)
 
             def add(acc: Any) -> None:
-                plgpu.wgmma(acc, z, k_smem)
+                plgpu.wgmma(acc, z, k_tile)
                 plgpu.wgmma(acc, dy, S_tile.T)
 
             dq = pl.run_state(add)(plgpu.ACC.init(dq))
             for n in range(0, K, 64):
                 own = pl.ds(n, 64)
                 e = e + (load_tile(S_tile.at[own]) * load_tile(dS_tile.at[own])).sum(axis=1)
+            if dD_gmem:
+                # sums over tokens, within warps: the diagonal of a product
+                h, v = place(i)
+                (pairs,) = products((dy_tile.T, v_tile))
+                diagonal = iota(pairs.shape, 0) + zero == iota(pairs.shape, 1)
+                dD_gmem[0][p + zero, h, v] = jnp.where(diagonal, pairs, 0.0).sum(axis=1)
             plgpu.commit_smem()
             walk.leave(slot)
             done = lax.rem(i, parts) == parts - 1
@@ -172,8 +185,8 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
             @pl.when(done)
             def _() -> None:
                 h, turn = lax.div(i, parts), lax.rem(lax.div(i, parts), 2)
-                rows_smem[0] = r
-                rows_smem[1] = e * jnp.exp2(b_n)
+                rows_smem[zero] = r
+                rows_smem[zero + 1] = e * jnp.exp2(b_n)
                 plgpu.commit_smem()
                 meet(met, 2)
                 mine, over, ours, st = (
@@ -186,21 +199,21 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
                 later = iota((CHUNK, CHUNK), 1) >= iota((CHUNK, CHUNK), 0)
                 dg = jnp.where(later, down(mine - ours, CHUNK), 0.0) + down(over + st, CHUNK)
                 # --- 4. store
-                dgates_gmem[p, group * heads + h, pl.ds(0, CHUNK)] = dg.sum(axis=1)
+                dgates_gmem[p + zero, group * heads + h, pl.ds(0, CHUNK)] = dg.sum(axis=1)
 
             return dq, jnp.where(done, none, r), jnp.where(done, none, e)
 
         dq, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, K), 0.0), none, none))
-        put(dq_gmem, dq)
+        put(0, dq_gmem, dq)
 
     @pl.when((wg == 1) & (live > 0))
     def _keys() -> None:
-        kq = product(k_smem, q_smem.T)
-
         def step(i: Any, carry: Any) -> Any:
             dk, du, st = carry
-            slot = entered(i)
+            slot = entered(i, False)
             h, v = place(i)
+            zero = hidden()
+            q_tile, k_tile = q_smem.at[zero], k_smem.at[zero]
             v_tile, dy_tile, gates = v_smem.at[slot], dy_smem.at[slot], gates_smem.at[slot]
             dS_tile = dS_smem.at[slot]
             b, u, b_n = load_gates(gates, 0, ROW), load_gates(gates, 1, ROW), gates[CHUNK - 1]
@@ -210,36 +223,38 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
                 """Times what remains of row j at column t; 0 where t < j."""
                 later = down(load_gates(gates, 0, COLUMN), CHUNK)
                 x = x * jnp.exp2(later - across(b, CHUNK)) * scale
-                return jnp.where(iota(x.shape, 1) + i < iota(x.shape, 0) + i, 0.0, x)
+                return jnp.where(iota(x.shape, 1) + zero < iota(x.shape, 0), 0.0, x)
 
-            into = product(k_smem, dS_tile)
+            kq, z = products((k_tile, q_tile.T), (v_tile, dy_tile.T))
+            x = (faded(kq) * across(u, CHUNK)).astype(q_smem.dtype)
+            z = faded(z)
+            du = du + (z * kq).sum(axis=1)
+            z = (z * across(u, CHUNK)).astype(q_smem.dtype)
+            (into,) = products((k_tile, dS_tile))
             own = load_tile(v_tile)
             new = (own * into).sum(axis=1) * fade
-            st = st + new * u
-            x = (faded(kq) * across(u, CHUNK)).astype(q_smem.dtype)
+            du, st = du + new, st + new * u
+
+            dv = into * across(fade * u, 64)
+            if D_gmem is not None:
+                D = plgpu.load(D_gmem.at[h + zero, v], layout=COLUMN, optimized=False)
+                dv = dv + load_tile(dy_tile) * down(D, CHUNK)
 
             def values(acc: Any) -> None:
                 plgpu.wgmma(acc, x, dy_tile)
 
-            dv = pl.run_state(values)(plgpu.ACC.init(into * across(fade * u, 64)))
-            if D_gmem is not None:
-                D = plgpu.load(D_gmem.at[h, v], layout=COLUMN, optimized=False)
-                dv = dv + load_tile(dy_tile) * down(D, CHUNK)
-                # sums over tokens, within warps: the diagonal of a product
-                pairs = product(dy_tile.T, v_tile)
-                own_one = iota(pairs.shape, 0) + i == iota(pairs.shape, 1) + i
-                dD_gmem[0][p, h, v] = jnp.where(own_one, pairs, 0.0).sum(axis=1)
+            dv = pl.run_state(values)(plgpu.ACC.init(dv))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dv_smem[...] = dv.astype(dv_smem.dtype)
+            dv_smem.at[zero][...] = dv.astype(dv_smem.dtype)
             plgpu.commit_smem()
-            store_rows(dv_smem, live, lambda lo, n: dv_gmem.at[pl.ds(first + lo, n), h, v])
-            z = faded(product(v_tile, dy_tile.T))
-            du = du + (z * kq).sum(axis=1) + new
-            z = (z * across(u, CHUNK)).astype(q_smem.dtype)
+            store_rows(
+                dv_smem.at[zero], live + zero,
+                lambda lo, n: dv_gmem.at[pl.ds(first + zero + lo, n), h, v],
+            )  # fmt: skip
             own = (load_tile(v_tile) * across(fade * u, 64)).astype(q_smem.dtype)
 
             def add(acc: Any) -> None:
-                plgpu.wgmma(acc, z, q_smem)
+                plgpu.wgmma(acc, z, q_tile)
                 plgpu.wgmma(acc, own, dS_tile.T)
 
             dk = pl.run_state(add)(plgpu.ACC.init(dk))
@@ -251,17 +266,17 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
             @pl.when(done)
             def _() -> None:
                 turn = lax.rem(lax.div(i, parts), 2)
-                columns_smem[turn, 0] = du * u
-                columns_smem[turn, 1] = st
+                columns_smem[turn, zero] = du * u
+                columns_smem[turn, zero + 1] = st
                 plgpu.commit_smem()
                 meet(met, 2)
                 # --- 4. store
-                dgates_gmem[p, h, pl.ds(CHUNK, CHUNK)] = du
+                dgates_gmem[p + zero, h, pl.ds(CHUNK, CHUNK)] = du
 
             return dk, jnp.where(done, none, du), jnp.where(done, none, st)
 
         dk, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, K), 0.0), none, none))
-        put(dk_gmem, dk)
+        put(1, dk_gmem, dk)
 
     if dD_gmem:
 
@@ -296,14 +311,14 @@ def grads(
             *([] if D is None else [jax.ShapeDtypeStruct((slots, H, V), jnp.float32)]),
         ],
         [
-            swizzled((CHUNK, K), q.dtype),
-            swizzled((CHUNK, K), q.dtype),
+            swizzled((1, CHUNK, K), q.dtype),
+            swizzled((1, CHUNK, K), q.dtype),
             swizzled(tile, q.dtype),
             swizzled(tile, q.dtype),
             plgpu.SMEM((stages, GATES), jnp.float32),
             swizzled((stages, K, 64), q.dtype),
             swizzled((stages, K, 64), q.dtype),
-            stored((CHUNK, 64), q.dtype),
+            stored((1, CHUNK, 64), q.dtype),
             stored((2, K // 64, CHUNK, 64), q.dtype),
             plgpu.SMEM((2, CHUNK), jnp.float32),
             plgpu.SMEM((2, 2, CHUNK), jnp.float32),

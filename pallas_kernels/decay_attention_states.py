@@ -120,7 +120,8 @@ def find_span(cu_gmem: Any, p: Any, T: int, span: int) -> tuple[Any, Any, Any, A
     start = bound(s)
     stop = jnp.maximum(bound(s + 1), start)
     skipped = (p - (lax.div(start, span) + s)) * span if span < T else 0
-    first = jnp.minimum(start + skipped, stop)
+    # before a sequence lies nothing but what a wrong cu_seqlens makes of it
+    first = jnp.where(skipped < 0, stop, jnp.minimum(start + skipped, stop))
     end = jnp.minimum(first + span, stop)
     begins = skipped == 0
     exists = begins | (first < stop)
@@ -245,9 +246,11 @@ class Walk:
             plgpu.barrier_wait(self.free.at[slot])
             self.copy(c, slot, self.full.at[slot])
 
-    def enter(self, c: Any) -> Any:
-        """The slot of chunk c, once it is there; later ones are on their way then."""
-        self.load(c + self.stages - 1)
+    def enter(self, c: Any, loads: bool = True) -> Any:
+        """The slot of chunk c, once it is there; later ones are on their way then, as far as the
+        first warpgroup is here."""
+        if loads:
+            self.load(c + self.stages - 1)
         slot = lax.rem(c, self.stages)
         plgpu.barrier_wait(self.full.at[slot])
         return slot
