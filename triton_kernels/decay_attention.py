@@ -57,7 +57,6 @@ from .decay_attention_states import (
     state_ptr,
     store_tokens,
     tma_ready,
-    weights,
 )
 from .linear_scan import linear_scan_check
 
@@ -113,8 +112,8 @@ def _decay_attention_fwd_kernel(
     q_all,  # [T, Hq, K]: a TMA descriptor that ends at any token, or a pointer
     k_all,  # [T, Hq, K]
     v_all,  # [T, H, V]
-    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
-    u_ptr,  # [H, slots, chunk] float32 or None
+    b_ptr,  # [H, slots, (b, u), chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # as b_ptr; [H, slots, chunk] float32 if constant; None without u
     D_ptr,  # [H] float32 or None: y += D v
     cu_ptr,  # [B + 1] int32
     enters_ptr,  # [spans, H, K, V] float32 or None
@@ -154,22 +153,21 @@ def _decay_attention_fwd_kernel(
         hq = h // group
         q = load_tokens(q_all, stride_q, stride_qh, t0, end, hq, 0, K, chunk, block_k, tma)
         k_tile = load_tokens(k_all, stride_k, stride_kh, t0, end, hq, 0, K, chunk, block_k, tma)
-        v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
         n = tl.minimum(end - t0, chunk)
-        b, b_n = decays(b_ptr, h, slot, slots, n, lane, constant)
+        b, b_n, u = decays(b_ptr, u_ptr, h, slot, slots, n, lane, constant)
 
         acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]  # [chunk, block_v]
         p_tile = tl.dot(q, k_tile.T)  # [chunk, chunk]
-        u = weights(u_ptr, h, slot, slots, lane)
         if constant:
             p_tile *= always
         else:
             p_tile *= decayed(b, lane)
         p_tile *= (scale * u)[None, :]
+        v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
+        acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
         a = tl.exp2(b_n - b) * u
         v_weighted = (v_tile.to(tl.float32) * a[:, None]).to(v_tile.dtype)
         S = tl.dot(k_tile.T, v_weighted, S * tl.exp2(b_n))
-        acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
         slot += 1
 
         # --- 3. epilogue
@@ -415,7 +413,7 @@ def decay_attention(
     B sequences lie one after the other, the tokens of sequence s from cu_seqlens[s] on. cu_seqlens
     [B + 1] int32, from 0 to T, is read on the device alone: decay_attention_check looks at what it
     holds. S0 [B, H, K, V] float32: the states before the first tokens; None is zero.
-    chunk: 16, 32, 64 or 128 tokens, cut from the start of each sequence: what products over tokens
+    chunk: 16, 32 or 64 tokens, cut from the start of each sequence: what products over tokens
     take at once, so that it decides the rounding. config: tiles of this call; gradients take their
     own defaults.
 

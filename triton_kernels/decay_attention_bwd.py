@@ -46,7 +46,6 @@ from .decay_attention_states import (
     store_tokens,
     tma_ready,
     token_ptr,
-    weights,
 )
 
 
@@ -57,8 +56,8 @@ def _decay_attention_dq_kernel(
     v_all,  # [T, H, V]
     dy_all,  # [T, H, V]
     S_all,  # [slots * H, K, V]: before each chunk
-    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
-    u_ptr,  # [H, slots, chunk] float32 or None
+    b_ptr,  # [H, slots, (b, u), chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # as b_ptr; [H, slots, chunk] float32 if constant; None without u
     cu_ptr,  # [B + 1] int32
     dq_ptr,  # [splits, T, Hq, K]
     rows_ptr,  # [H, slots, chunk] float32, what of dg begins with a token's q; None without g
@@ -85,8 +84,7 @@ def _decay_attention_dq_kernel(
     # --- 2. main loop
     for hi in tl.range(0, count, disable_licm=True):
         h = head0 + hi
-        b = decays(b_ptr, h, p, slots, end - t0, lane, constant)[0]
-        u = weights(u_ptr, h, p, slots, lane)
+        b, _b_n, u = decays(b_ptr, u_ptr, h, p, slots, end - t0, lane, constant)
         e = scale * tl.exp2(b)
         Z = tl.zeros((chunk, chunk), tl.float32)  # [t, j]
         old = tl.zeros((chunk,), tl.float32)
@@ -119,8 +117,8 @@ def _decay_attention_dkdv_kernel(
     dy_all,  # [T, H, V]
     S_all,  # [slots * H, K, V]: before each chunk
     dS_all,  # [slots * H, K, V]: after each chunk
-    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
-    u_ptr,  # [H, slots, chunk] float32 or None
+    b_ptr,  # [H, slots, (b, u), chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # as b_ptr; [H, slots, chunk] float32 if constant; None without u
     D_ptr,  # [H] or [H, V] float32 or None
     cu_ptr,  # [B + 1] int32
     rows_ptr,  # [H, slots, chunk] float32, from the dq kernel; None without g
@@ -153,8 +151,7 @@ def _decay_attention_dkdv_kernel(
     # --- 2. main loop
     for hi in tl.range(0, count, disable_licm=True):
         h = head0 + hi
-        b, b_n = decays(b_ptr, h, p, slots, end - t0, lane, constant)
-        u = weights(u_ptr, h, p, slots, lane)
+        b, b_n, u = decays(b_ptr, u_ptr, h, p, slots, end - t0, lane, constant)
         f = tl.exp2(b_n - b)
         Z = tl.zeros((chunk, chunk), tl.float32)  # [j, t]
         for v0 in tl.range(0, V, block_v):

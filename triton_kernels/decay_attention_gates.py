@@ -4,8 +4,8 @@ sums of what chunks or programs have of one gradient.
     b = sum of g within the chunk of a token, up to it, in units of log 2        u = exp(i)
     Mamba-2: u = clamp(softplus(dt + bias)), g = u A
 
-One pass over [T, H] that leaves [H, slots, chunk]: a chunk of a head lies side by side, and what it
-lacks at a sequence's end is filled up (g = 0, u = 0), so that nobody after needs a mask.
+One pass over [T, H] that leaves [H, slots, 2, chunk], b and u of a chunk and head side by side, and
+what a chunk lacks at a sequence's end is filled up (g = 0, u = 0), so that nobody needs a mask.
 
 Twin: pallas_kernels/decay_attention_gates.py.
 """
@@ -25,10 +25,10 @@ def _decay_attention_gates_kernel(
     i_ptr,  # [T, H] float32 or None
     A_ptr,  # [H] float32 or None
     bias_ptr,  # [H] float32 or None
-    b_ptr,  # [H, slots, chunk] float32: sums of g within a chunk; None if constant
-    u_ptr,  # [H, slots, chunk] float32: exp(i), or the step size; or None
+    b_ptr,  # [H, slots, rows, chunk] float32: sums of g within a chunk; None if constant
+    u_ptr,  # the same, a row further if there are two: exp(i), or the step size; or None
     cu_ptr,  # [B + 1] int32
-    T, B, H, slots, stride_g, stride_i, low, high,
+    T, B, H, slots, rows, stride_g, stride_i, low, high,
     chunk: tl.constexpr, block_h: tl.constexpr, block_b: tl.constexpr, softplus: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
@@ -42,7 +42,7 @@ def _decay_attention_gates_kernel(
     t = first + lane
     exist = (t < end)[:, None] & (h < H)[None, :]
     row = t.to(tl.int64)[:, None]
-    at = (h.to(tl.int64)[None, :] * slots + slot) * chunk + lane[:, None]
+    at = (h.to(tl.int64)[None, :] * slots + slot) * (rows * chunk) + lane[:, None]
     if g_ptr is not None:
         g = tl.load(g_ptr + row * stride_g + h[None, :], exist, 0.0)  # [chunk, block_h]
         if A_ptr is not None:
@@ -130,11 +130,14 @@ def gates(
     A, bias, softplus, (low, high) = step or (None, None, False, (0.0, 0.0))
     B = len(cu_seqlens) - 1
     slots = most_spans(T, B, chunk)
-    u = None if step is None and i is None else g.new_empty(H, slots, chunk)
-    b = g.contiguous() if constant else g.new_empty(H, slots, chunk)
+    weighted = step is not None or i is not None
+    rows = weighted + (not constant)
+    both = g.new_empty(H, slots, rows, chunk)
+    b = g.contiguous() if constant else both
+    u = both[:, :, rows - 1] if weighted else None
     g, i = (None if x is None else _lib.rows_adjacent(x) for x in (None if constant else g, i))
     _decay_attention_gates_kernel[(slots, _lib.cdiv(H, 32))](
-        g, i, A, bias, None if constant else b, u, cu_seqlens, T, B, H, slots,
+        g, i, A, bias, None if constant else b, u, cu_seqlens, T, B, H, slots, rows,
         0 if g is None else g.stride(0), 0 if i is None else i.stride(0), low, high,
         chunk, 32, max(16, _lib.power_of_2(B)), softplus, num_warps=4,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import _lib
 
 DTYPES = (torch.bfloat16, torch.float16)
-CHUNKS = (16, 32, 64, 128)
+CHUNKS = (16, 32, 64)
 
 
 def check_tokens(tokens: dict[str, Tensor], chunk: int) -> None:
@@ -213,15 +213,23 @@ def constant_decay(g_ptr, h):
 
 
 @triton.jit
-def decays(b_ptr, h, slot, slots, n, lane, constant: tl.constexpr):
-    """(b, b_n) of a chunk of n tokens: the logarithms of what decays a state until after each
-    token, the last for lanes without one, and until after the last, in units of log 2."""
+def decays(b_ptr, u_ptr, h, slot, slots, n, lane, constant: tl.constexpr):
+    """(b, b_n, u) of a chunk of n tokens: the logarithms of what decays a state until after each
+    token, the last for lanes without one, and until after the last, in units of log 2; weights, 1
+    where none are given."""
+    u = tl.full(lane.shape, 1.0, tl.float32)
     if constant:
         g = constant_decay(b_ptr, h)
-        return g * tl.minimum(lane + 1, n), g * n
+        b, b_n = g * tl.minimum(lane + 1, n), g * n
+        if u_ptr is not None:
+            u = tl.load(u_ptr + (h.to(tl.int64) * slots + slot) * lane.shape[0] + lane)
     else:
-        row = b_ptr + (h.to(tl.int64) * slots + slot) * lane.shape[0]
-        return tl.load(row + lane), tl.load(row + lane.shape[0] - 1)
+        rows: tl.constexpr = 1 if u_ptr is None else 2  # one address for both
+        row = b_ptr + (h.to(tl.int64) * slots + slot) * (rows * lane.shape[0])
+        b, b_n = tl.load(row + lane), tl.load(row + lane.shape[0] - 1)
+        if u_ptr is not None:
+            u = tl.load(row + lane.shape[0] + lane)
+    return b, b_n, u
 
 
 @triton.jit
@@ -239,20 +247,11 @@ def decayed_T(b, lane):
 
 
 @triton.jit
-def weights(u_ptr, h, slot, slots, lane):
-    """u of the tokens of a chunk; 1 where none is given."""
-    if u_ptr is None:
-        return tl.full(lane.shape, 1.0, tl.float32)
-    else:
-        return tl.load(u_ptr + (h.to(tl.int64) * slots + slot) * lane.shape[0] + lane)
-
-
-@triton.jit
 def _decay_attention_states_kernel(
     x_all,  # [T, Hq, K]: k, or q against time: a TMA descriptor, or a pointer
     y_all,  # [T, H, V]: v, or dy against time
-    b_ptr,  # [H, slots, chunk] float32; if constant, g [H] or None: RetNet's
-    u_ptr,  # [H, slots, chunk] float32 or None
+    b_ptr,  # [H, slots, (b, u), chunk] float32; if constant, g [H] or None: RetNet's
+    u_ptr,  # as b_ptr; [H, slots, chunk] float32 if constant; None without u
     cu_ptr,  # [B + 1] int32
     enters_ptr,  # [spans, H, K, V] float32 or None: the state that enters each span
     each_ptr,  # [slots, H, K, V] or None: the state that enters each chunk
@@ -292,11 +291,8 @@ def _decay_attention_states_kernel(
         x = load_tokens(x_all, stride_x, stride_xh, t0, end, hq, k0, K, chunk, block_k, tma)
         y = load_tokens(y_all, stride_y, stride_yh, t0, end, h, v0, V, chunk, block_v, tma)
         n = tl.minimum(end - t0, chunk)
-        b, b_n = decays(b_ptr, h, slot + ci, slots, n, lane, constant)
-        if reverse:
-            w = scale * tl.exp2(b)
-        else:
-            w = tl.exp2(b_n - b) * weights(u_ptr, h, slot + ci, slots, lane)
+        b, b_n, u = decays(b_ptr, u_ptr, h, slot + ci, slots, n, lane, constant)
+        w = scale * tl.exp2(b) if reverse else tl.exp2(b_n - b) * u
         if each_ptr is not None:
             at = state_ptr(each_ptr, slot + ci, h, H, k, v, K, V)
             tl.store(at, S.to(each_ptr.dtype.element_ty), exist)
