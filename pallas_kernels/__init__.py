@@ -8,6 +8,8 @@ from typing import Any
 __all__ = [
     "HybridMeta",
     "HybridPlan",
+    "decay_attention",
+    "decay_attention_step",
     "fp8_quantize_blocks",
     "fp8_quantize_cols",
     "fp8_quantize_rows",
@@ -29,7 +31,9 @@ __all__ = [
     "int8_quantize",
     "linear_scan",
     "linear_scan_step",
+    "mamba2_ssd",
     "matmul",
+    "retention",
     "rglru",
     "rglru_step",
     "rms_norm",

@@ -44,6 +44,10 @@ AXES: Mapping[str, Axes] = {
     "scan": {
         "block_t": (8, 16, 32, 64, 128, 256),
         "block_c": (32, 64, 128, 256),
+        "block_v": (32, 64, 128, 256),
+        "spans": (1, 2, 4, 8, 16, 32),
+        "heads": (1, 2, 4, 8, 16),
+        "warpgroups": (1, 2),
         "chunks": (1, 2, 4, 8, 16, 32),
         "stages": (2, 3, 4, 6, 8),
         "warps": (4, 8, 16),
@@ -64,6 +68,12 @@ OWN: Mapping[str, Axes] = {
 # Fields that a pass does not read: its Configs would all be one.
 UNREAD: Mapping[tuple[str, str, str], tuple[str, ...]] = {
     ("rms_norm", "pallas", "fwd"): ("programs",),
+    # heads of a group: sums of gradients
+    ("decay_attention", "triton", "fwd"): ("heads",),
+    ("mamba2_ssd", "triton", "fwd"): ("heads",),
+    # there a group is one head
+    ("retention", "triton", "fwd"): ("heads",),
+    ("retention", "triton", "bwd"): ("heads",),
 }
 
 

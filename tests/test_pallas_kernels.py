@@ -40,12 +40,14 @@ def _f64(*arrays: jax.Array) -> list[np.ndarray]:
 
 
 def test_the_package_exports_functions_and_loads_them_late():
-    names = ["HybridMeta", "HybridPlan", "fp8_quantize_blocks", "fp8_quantize_cols"]
-    names += ["fp8_quantize_rows", "grouped_gemm", "grouped_gemm_dw", "hadamard_quantize"]
-    names += ["hadamard_rotate", "hybrid_attention", "hybrid_attention_atomic", "hybrid_plan"]
-    names += ["int4_matmul", "int4_matmul_atomic", "int4_prepack", "int4_quantize"]
-    names += ["int8_quantize", "linear_scan", "linear_scan_step", "matmul", "rglru", "rglru_step"]
-    names += ["rms_norm", "softmax"]
+    names = ["HybridMeta", "HybridPlan", "decay_attention", "decay_attention_step"]
+    names += ["fp8_quantize_blocks", "fp8_quantize_cols", "fp8_quantize_rows"]
+    names += ["grouped_gemm", "grouped_gemm_dw", "hadamard_quantize", "hadamard_rotate"]
+    names += ["hybrid_attention", "hybrid_attention_atomic", "hybrid_plan"]
+    names += ["int4_from_awq", "int4_from_gptq", "int4_matmul", "int4_matmul_atomic"]
+    names += ["int4_prepack", "int4_quantize", "int4_to_awq", "int4_to_gptq"]
+    names += ["int8_quantize", "linear_scan", "linear_scan_step", "mamba2_ssd", "matmul"]
+    names += ["retention", "rglru", "rglru_step", "rms_norm", "softmax"]
     assert dir(pallas_kernels) == names
     assert callable(matmul) and callable(rms_norm) and callable(softmax)
     with pytest.raises(AttributeError, match="no_such"):

@@ -24,6 +24,10 @@ OWN_CONFIG_FIELDS = {
     # Triton's next tile waits in registers, Pallas' in `stages`
     "pallas_kernels/linear_scan": {"stages"},
     "pallas_kernels/rglru": {"stages"},
+    # Triton's walk over the heads of a group ends early where those are too few programs
+    "triton_kernels/decay_attention": {"heads"},
+    "triton_kernels/retention": {"heads"},
+    "triton_kernels/mamba2_ssd": {"heads"},
     # Pallas swaps the operands always
     "triton_kernels/moe_gemm": {"decode"},
 }
@@ -31,6 +35,16 @@ OWN_CONFIG_FIELDS = {
 OWN_KERNELS: dict[str, set[str]] = {
     # Triton gathers rows by pointers, on their way to shared memory
     "pallas_kernels/moe_gemm": {"moe_gemm_gather_kernel"},
+    # Pallas' gradients of gates lie chunk by chunk, as TMA stores them, and come back to tokens
+    "pallas_kernels/decay_attention": {
+        "decay_attention_grads_kernel",
+        "decay_attention_gates_bwd_kernel",
+    },
+    # one program's registers do not hold all gradients of a chunk
+    "triton_kernels/decay_attention": {
+        "decay_attention_dq_kernel",
+        "decay_attention_dkdv_kernel",
+    },
 }
 
 

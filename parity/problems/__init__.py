@@ -1,6 +1,7 @@
 """All problems, in the order in which they are best learned."""
 
 from parity.problems import (
+    decay_attention,
     fp8_quantize,
     hadamard,
     hybrid_attention,
@@ -8,8 +9,10 @@ from parity.problems import (
     int4_matmul,
     int8_quantize,
     linear_scan,
+    mamba2_ssd,
     matmul,
     moe_gemm,
+    retention,
     rglru,
     rms_norm,
     softmax,
@@ -29,6 +32,9 @@ PROBLEMS: tuple[Problem, ...] = (
     int4_matmul.PROBLEM,
     linear_scan.PROBLEM,
     rglru.PROBLEM,
+    decay_attention.PROBLEM,
+    retention.PROBLEM,
+    mamba2_ssd.PROBLEM,
 )
 
 
