@@ -156,13 +156,14 @@ def _decay_attention_fwd_kernel(
         n = tl.minimum(end - t0, chunk)
         b, b_n, u = decays(b_ptr, u_ptr, h, slot, slots, n, lane, constant)
 
-        acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]  # [chunk, block_v]
+        # (in this order, v as late as can be, all fits into registers)
         p_tile = tl.dot(q, k_tile.T)  # [chunk, chunk]
         if constant:
             p_tile *= always
         else:
             p_tile *= decayed(b, lane)
         p_tile *= (scale * u)[None, :]
+        acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]  # [chunk, block_v]
         v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
         acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
         a = tl.exp2(b_n - b) * u
