@@ -640,7 +640,6 @@ def _copy_smem_to_gmem(
 # How callbacks and warpgroups are run.
 
 
-@functools.cache
 def _of_the_interpreter(callback: Any) -> bool:
     """Whether a callback is one of those that carry out what kernels do."""
     function = callback.callback_func
@@ -655,7 +654,8 @@ def _io_callback(*args: Any, callback: Any, **params: Any) -> Any:
         stock = _stock()[_jax().callback, "io_callback_impl"]
         return stock(*args, callback=callback, **params)
     try:
-        return [np.asarray(x) for x in callback(*args)]
+        # copies: a task may keep what it was given, and XLA uses that memory again
+        return [np.asarray(x) for x in callback(*map(np.array, args))]
     except BaseException:
         # As jax does, in the same words: the log is where the error is whole, with its frames.
         logging.getLogger("jax._src.callback").exception("jax.io_callback failed")
