@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from parity import frameworks
-from parity.faults import answers
+from parity.faults import case_of
 from parity.frameworks import Kernel
-from parity.judge import judge, judge_exact
+from parity.judge import judge, judge_exact, truth_and_model
 from parity.problems import decay_attention, mamba2_ssd, retention
 from parity.problems.linear_scan import lengths
 from parity.spec import Arithmetic
@@ -125,19 +125,17 @@ def test_sequences_know_nothing_of_each_other(problem, work):
         assert np.array_equal(before[1][s], after[1][s]) == (s != hit)
 
 
-@CASES
-def test_planted_faults_are_caught(problem, work):
-    found = list(answers(problem, work))
-    assert [f"{c.which} {c.fault}: {c.found}" for c in found if not c.ok] == []
-    planted = {c.fault for c in found}
-    assert planted >= {"state_leaks", "empty_sequence_not_written"}
-    for fault, where in (
-        ("weights_as_a_quotient", "ci_steep"),
-        ("gates_from_rounded_gradients", "ci_steep"),
-        ("neighbours_keys", "ci_steep"),
-        ("without_the_limits", "ci_gated"),
-    ):
-        assert (fault in planted) == (work.name == where) or work.name == "ci"
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.stem)
+def test_every_fault_of_these_is_planted_somewhere(problem):
+    """That the judge catches them, tests/test_judge.py sees."""
+    planted = set()
+    for work in (w for w in problem.workloads if "ci" in w.tags):
+        arrays = drawn(problem, work)
+        for which in work.passes:
+            read = {n: arrays[n] for n in problem.reads(work, which)}
+            case = case_of(problem, work, which, read, *truth_and_model(problem, work, which, read))
+            planted |= {f for f in set(problem.faults) - planted if f(case) is not None}
+    assert planted == set(problem.faults)
 
 
 @pytest.mark.parametrize(
