@@ -106,11 +106,11 @@ def default_config(
     """The Config for T tokens in B sequences on a Hopper; which: "fwd" or "bwd"."""
     del dtype
     panels = _lib.cdiv(V, 64) * H
-    warpgroups = 2 if panels // Hq % 2 == 0 else 1
+    # A second warpgroup shares q and k, but of K = 256 the forward has no shared memory for it.
+    warpgroups = 1 if panels // Hq % 2 or (K > 128 and which == "fwd") else 2
     blocks = panels // warpgroups * max(1, B)
     # Few sequences and heads do not fill a GPU: their parts do, and k and v are read twice.
     spans = 1 if blocks >= 120 else min(_lib.cdiv(264, blocks), _lib.cdiv(T, 512))
-    del which
     return Config(64, max(1, spans), 2 if K > 128 else 3, warpgroups)
 
 
@@ -151,6 +151,7 @@ def _decay_attention_fwd_kernel(
             plgpu.copy_gmem_to_smem(gates, gates_smem.at[slot, w], barrier)
 
     walk = Walk(full, free, config.stages, chunks, copy)
+    together = K * block_v <= 128 * 64  # else registers hold the state and one product besides
     S = filled((K, block_v), 0.0)
     if enters_gmem is not None:
         cut = span < T
@@ -158,6 +159,10 @@ def _decay_attention_fwd_kernel(
 
     # --- 2. main loop
     def chunk(c: Any, S: jax.Array) -> jax.Array:
+        # Asked anew, what follows from it is not kept from chunk to chunk: addresses alone would
+        # fill 30 registers.
+        wg = lax.axis_index("wg")
+        h, v = place(wg)
         slot = walk.enter(c)
         t = first + c * CHUNK
         live = jnp.minimum(end - t, CHUNK)
@@ -180,16 +185,21 @@ def _decay_attention_fwd_kernel(
         def products(x_acc: Any, y_acc: Any, S_acc: Any) -> tuple[jax.Array, jax.Array]:
             S_acc[...] = S * jnp.exp2(b_n)
             plgpu.wgmma(x_acc, q_tile, k_tile.T)
-            plgpu.wgmma(y_acc, q_tile, S_smem.at[wg])
-            plgpu.wgmma(S_acc, k_tile.T, w_smem.at[wg])
-            x = plgpu.wgmma_accumulator_load(x_acc, wait_n=2)
+            if together:
+                plgpu.wgmma(y_acc, q_tile, S_smem.at[wg])
+                plgpu.wgmma(S_acc, k_tile.T, w_smem.at[wg])
+            x = plgpu.wgmma_accumulator_load(x_acc, wait_n=2 if together else 0)
             theirs = [down(load_gates(gates, i, COLUMN), CHUNK) for i in range(2)]
             x = x * jnp.exp2(across(b, CHUNK) - theirs[0]) * (theirs[1] * scale)
-            seen = iota(x.shape, 1) + c <= iota(x.shape, 0) + c  # with c, it is not kept for later
+            seen = iota(x.shape, 1) + c <= iota(x.shape, 0) + c
             x = jnp.where(seen, x, 0.0).astype(v_smem.dtype)
-            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1)
+            if not together:
+                plgpu.wgmma(y_acc, q_tile, S_smem.at[wg])
+            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1 if together else 0)
             y_acc[...] = y * across(jnp.exp2(b) * scale, block_v)
             plgpu.wgmma(y_acc, x, v_tile)
+            if not together:
+                plgpu.wgmma(S_acc, k_tile.T, w_smem.at[wg])
             return y_acc[...], S_acc[...]
 
         y, S = pl.run_scoped(

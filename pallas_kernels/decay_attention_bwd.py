@@ -75,13 +75,19 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
     def place(i: Any) -> tuple[Any, Any]:
         return group * heads + lax.div(i, parts), pl.ds(lax.rem(i, parts) * 64, 64)
 
+    def hidden() -> Any:
+        """0, in words that the compiler does not see through: what it is added to is worked out in
+        each step. Kept instead, such addresses and masks would fill 50 registers."""
+        return lax.div(lax.axis_index("wg"), 2)
+
     def copy(i: Any, slot: Any, barrier: Any) -> None:
-        h, v = place(i)
+        zero = hidden()
+        (h, v), rows, at = place(i), pl.ds(first + zero, CHUNK), p + zero
         plgpu.copy_gmem_to_smem(v_gmem.at[rows, h, v], v_smem.at[slot], barrier)
         plgpu.copy_gmem_to_smem(dy_gmem.at[rows, h, v], dy_smem.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(S_gmem.at[p, h, :, v], S_smem.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(dS_gmem.at[p, h, :, v], dS_smem.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(gates_gmem.at[p, h, pl.ds(0, GATES)], gates_smem.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(S_gmem.at[at, h, :, v], S_smem.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(dS_gmem.at[at, h, :, v], dS_smem.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(gates_gmem.at[at, h, pl.ds(0, GATES)], gates_smem.at[slot], barrier)
 
     @pl.when((wg == 0) & (live > 0))
     def _() -> None:
@@ -90,11 +96,6 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
 
     walk = Walk(full, free, stages, steps, copy)
     none = filled((CHUNK,), 0.0)
-
-    def hidden() -> Any:
-        """0, in words that the compiler does not see through: what it is added to is worked out in
-        each step. Kept instead, such addresses and masks would fill 50 registers."""
-        return lax.div(lax.axis_index("wg"), 2)
 
     def products(*pairs: tuple[Any, Any]) -> list[jax.Array]:
         """Of 64 rows and 64 columns each."""
@@ -141,6 +142,15 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
             pl.when(wg == 1)(lambda: clear(k_smem.at[0], live))
             plgpu.commit_smem()
             meet(met, 2)
+
+    if dD_gmem:
+
+        @pl.when((wg == 1) & (live == 0))
+        def _none() -> None:
+            @pl.loop(0, heads * parts)
+            def _(i: Any) -> None:
+                h, v = place(i)
+                dD_gmem[0][p, h, v] = none
 
     # --- 2. main loop
     @pl.when((wg == 0) & (live > 0))
@@ -249,7 +259,7 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
             plgpu.commit_smem()
             store_rows(
                 dv_smem.at[zero], live + zero,
-                lambda lo, n: dv_gmem.at[pl.ds(first + zero + lo, n), h, v],
+                lambda lo, n: dv_gmem.at[pl.ds(first + zero + lo, n), h + zero, v],
             )  # fmt: skip
             own = (load_tile(v_tile) * across(fade * u, 64)).astype(q_smem.dtype)
 
@@ -265,27 +275,18 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
             # --- 3. epilogue
             @pl.when(done)
             def _() -> None:
-                turn = lax.rem(lax.div(i, parts), 2)
+                turn = lax.rem(lax.div(i + zero, parts), 2)
                 columns_smem[turn, zero] = du * u
                 columns_smem[turn, zero + 1] = st
                 plgpu.commit_smem()
                 meet(met, 2)
                 # --- 4. store
-                dgates_gmem[p + zero, h, pl.ds(CHUNK, CHUNK)] = du
+                dgates_gmem[lax.axis_index("slot") + zero, h, pl.ds(CHUNK, CHUNK)] = du
 
             return dk, jnp.where(done, none, du), jnp.where(done, none, st)
 
         dk, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, K), 0.0), none, none))
         put(1, dk_gmem, dk)
-
-    if dD_gmem:
-
-        @pl.when((wg == 1) & (live == 0))
-        def _none() -> None:
-            @pl.loop(0, heads * parts)
-            def _(i: Any) -> None:
-                h, v = place(i)
-                dD_gmem[0][p, h, v] = none
 
     walk.end()
     plgpu.wait_smem_to_gmem(0)
@@ -348,8 +349,10 @@ def backward(
             x, y, gates, cu_seqlens, enters, each=True, carries=False, config=config, **how
         ))  # fmt: skip
     (S, _), (dS, dS0) = states
-    # S and dS of two panels in flight are what shared memory has room for
-    stages = config.stages if q.shape[2] <= 128 else 1
+    # Shared memory and registers: tiles of K = 256 leave no room for a second slot, and a third one
+    # takes the registers that D needs.
+    most = 1 if q.shape[2] > 128 else 3 if D is None else 2
+    stages = min(config.stages, most)
     made = grads(q, k, v, dy, gates, S, dS, D, cu_seqlens, scale=scale, stages=stages)
     if D is not None:
         made[4] = sum_along(made[4].reshape(made[4].shape[0], -1), 0).reshape(D.shape)
