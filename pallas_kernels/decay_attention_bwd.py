@@ -349,10 +349,8 @@ def backward(
             x, y, gates, cu_seqlens, enters, each=True, carries=False, config=config, **how
         ))  # fmt: skip
     (S, _), (dS, dS0) = states
-    # Shared memory and registers: tiles of K = 256 leave no room for a second slot, and a third one
-    # takes the registers that D needs.
-    most = 1 if q.shape[2] > 128 else 3 if D is None else 2
-    stages = min(config.stages, most)
+    # A third slot takes the last registers; of K = 256 shared memory holds one.
+    stages = min(config.stages, 2 if q.shape[2] <= 128 else 1)
     made = grads(q, k, v, dy, gates, S, dS, D, cu_seqlens, scale=scale, stages=stages)
     if D is not None:
         made[4] = sum_along(made[4].reshape(made[4].shape[0], -1), 0).reshape(D.shape)
