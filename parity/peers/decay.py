@@ -12,6 +12,7 @@ that enter them by one product with a matrix of decays from chunk to chunk.
 import functools
 import importlib
 import itertools
+import math
 from collections.abc import Callable
 from math import inf
 from typing import Any, NamedTuple
@@ -293,7 +294,8 @@ class _Layout(NamedTuple):
 def _layout(bounds: list[int], on: Callable[[np.ndarray], Any]) -> _Layout:
     """`on` puts an array where the others are."""
     lengths = np.diff(bounds)
-    n = 128 if max(lengths) <= 8192 else 256  # the matrix from chunk to chunk stays small
+    # short sequences are not filled up with much; the matrix from chunk to chunk stays small
+    n = next(n for n, most in ((32, 256), (128, 8192), (256, math.inf)) if max(lengths) <= most)
     starts = [(s, t) for s, (a, b) in enumerate(itertools.pairwise(bounds)) for t in range(a, b, n)]
     sequence, begins = np.array(starts).T
     rows = begins[:, None] + np.arange(n)
