@@ -56,9 +56,9 @@ def _model(name: str, dims: dict[str, int], *tags: str) -> Workload:
 
 
 WORKLOADS = (
-    # 6 tokens, none, and 143: three chunks; a group of two heads
-    _ci("ci", sizes(149, 3, 1, 2, 128, 64), absent=("z", "dt_bias")),
-    _ci("ci_gated", sizes(153, 3, 2, 2, 64, 64), BY_CHANNEL, absent=("h0",), options=GATED),
+    # 7 tokens, none, and 80: two chunks (decay_attention has more); a group of two heads
+    _ci("ci", sizes(87, 3, 1, 2, 128, 64), absent=("z", "dt_bias")),
+    _ci("ci_gated", sizes(97, 3, 2, 2, 64, 64), BY_CHANNEL, absent=("h0",), options=GATED),
     _model("mamba2_2p7b", sizes(8 * 4096, 8, 1, 80, 128, 64)),
     _model("mamba2_g8", sizes(8 * 4096, 8, 8, 128, 128, 64)),  # Codestral Mamba
     _model("mamba2_64k", sizes(65536, 1, 1, 80, 128, 64)),
