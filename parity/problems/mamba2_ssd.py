@@ -105,10 +105,11 @@ def cotangents(work: Workload) -> dict:
 def grads(work: Workload) -> dict[str, Array]:
     found = inputs(work)
     del found["cu_seqlens"]
-    gates = dict.fromkeys(("dt", "A", "dt_bias"), work.dtype)
+    gates = ["dt", "A", "dt_bias"]
     if "z" not in work.absent:
-        gates["D"] = work.dtype  # what it sums was rounded
-    return {"d" + n: Array(d.shape, d.dtype, of=gates.get(n, "")) for n, d in found.items()}
+        gates.append("D")  # what it sums was rounded
+    of = {n: work.dtype if n in gates else "" for n in found}
+    return {"d" + n: Array(d.shape, d.dtype, of=of[n]) for n, d in found.items()}
 
 
 def sigmoid(ar: Arithmetic, x: Any) -> Any:
