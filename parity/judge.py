@@ -7,8 +7,8 @@ With r the float64 oracle, e(y) = ||y - r|| / ||r|| and e* = e(model), an output
   a sum may come to 0 by chance, and does among 10^9: there the rest of its row says what float32
   may leave, a millionth; a row of zeros (no terms) allows nothing. In attention and scans the
   factors of a sum are 16 bits wide: two or three terms of up to four times their row's size may
-  cancel, so 0 may stand where r is below four of their roundings. Where r is nothing beside the
-  largest element but what float64 loses, it stands for 0;
+  cancel, so 0 may stand where r is below four of their roundings. In scans whole sums cancel, as
+  where a gate weighs no state: what float64 leaves of them, beside the largest element, is 0 too;
 * e(y) <= 1.5 e* + 1e-6 over the whole array, and <= 3 e* + floor in every tile of 64 rows: one bad
   tile cannot hide in a norm;
 * no element is off by more than ten times that, measured against the largest element;
@@ -315,7 +315,7 @@ def _same_kind(xp: Any, y: Any, r: Any, stored: Any, family: str, dtype: str) ->
     finite = xp.isfinite(stored)
     size = xp.where(finite, xp.abs(r), xp.zeros_like(r))
     row = xp.sqrt(xp.mean(size**2, axis=1 if r.shape[1] > 1 else 0, keepdims=True))
-    noise = NOISE * xp.max(size)
+    noise = NOISE * xp.max(size) if family == "scan" else 0.0
     skipped = (y == 0) & (stored != 0) & (size > least * row) & (size > noise)
     by_chance = FLOOR * row if family == "gemm" else 0 * row
     right = xp.isfinite(y) & finite & ((r != 0) | (xp.abs(y) <= by_chance)) & ~skipped
