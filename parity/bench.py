@@ -450,7 +450,7 @@ def _twin_source(impl: str, target: str) -> str:
 def versions(facts: Mapping[str, Any]) -> dict[str, str]:
     """Of everything that a time depends on and that is installed."""
     names = "torch triton jax jaxlib jax-cuda13-plugin numpy nvidia-cublas".split()
-    names += "liger-kernel gemlite conch-triton-kernels".split()
+    names += "liger-kernel gemlite conch-triton-kernels fla-core mamba-ssm".split()
     found = {"python": platform.python_version(), "driver": str(facts.get("driver", ""))}
     for name in names:
         try:
