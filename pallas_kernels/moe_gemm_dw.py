@@ -3,9 +3,10 @@
     dw[e] = x[rows of e]^T @ dy[rows of e]      zeros for an expert without rows
 
     for each tile of dw of this block, expert after expert:
-        memory warpgroup:   for each slot of rows: wait until it is free; TMA x and dy into it
-        compute warpgroups: for each slot of rows: wait until it is full; clear what is another
-                            expert's; acc += x_rows^T @ dy_rows; free it
+        memory warpgroup:   for each slot of rows: wait until it is free; TMA x and dy into it;
+                            clear what is another expert's in the slot before
+        compute warpgroups: for each slot of rows: wait until it is full;
+                            acc += x_rows^T @ dy_rows; free it
                             store acc
 
 A slot starts at a multiple of 8 rows, so the first and the last one of an expert hold rows of its
@@ -44,20 +45,30 @@ FEW_BARRIERS = plgpu.CompilerParams(
 )
 
 
-def _clear_rows(tile_smem: Any, row: int, part: Any, parts: int, lo: Any, hi: Any) -> None:
-    """Zeros in those of 32 rows of a tile that are before lo or from hi on, NaN or not; one of
-    `parts` shares of the columns."""
-    layout = plgpu.Layout.SMEM_GMEM_COPY((32, 64), tile_smem.dtype, 128)
-    chunks = tile_smem.shape[1] // 64
-    for j in range(0, chunks, parts):
+# 8 rows of 64 columns, a quarter of it in each warp
+GROUP_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((ALIGN, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 
-        @pl.when(j + part < chunks)
-        def _clear(j: int = j) -> None:
-            column = pl.multiple_of((j + part) * 64, 64)
-            piece = tile_smem.at[pl.ds(row, 32), pl.ds(column, 64)]
-            at = row + plgpu.broadcasted_iota(jnp.int32, (32, 64), 0, layout=layout)
-            values = plgpu.load(piece, layout=layout)
+
+def _clear_rows(tile_smem: Any, lo: Any, hi: Any) -> None:
+    """Zeros in the rows of a tile before lo, at most 7, and from hi on, NaN or not."""
+    rows, columns = tile_smem.shape
+
+    def clear(first: Any) -> None:
+        for column in range(0, columns, 64):
+            piece = tile_smem.at[pl.ds(first, ALIGN), pl.ds(column, 64)]
+            at = first + plgpu.broadcasted_iota(jnp.int32, (ALIGN, 64), 0, layout=GROUP_LAYOUT)
+            values = plgpu.load(piece, layout=GROUP_LAYOUT)
             piece[...] = jnp.where((at >= lo) & (at < hi), values, jnp.zeros_like(values))
+
+    @pl.when(lo > 0)
+    def _first() -> None:
+        clear(0)
+
+    @pl.loop(lax.div(hi, ALIGN), rows // ALIGN)
+    def _last(group: jax.Array) -> None:
+        clear(pl.multiple_of(group * ALIGN, ALIGN))
 
 
 def _moe_gemm_dw_kernel(
@@ -67,10 +78,9 @@ def _moe_gemm_dw_kernel(
     dw_gmem: Any,  # [E, K, N]
     x_smem: Any,  # [stages, block_k, block_m]
     dy_smem: Any,  # [stages, block_k, block_n]
-    full: Any,  # [stages] barriers: TMA has filled the slot
+    full: Any,  # [2 * stages] barriers: the slot can be read; TMA has filled it
     free: Any,  # [stages] barriers: every reader is done with the slot
     c_smem: Any,  # [warpgroups, slots, 64, columns of 128 bytes]
-    cleared: Any,  # barrier: every warpgroup has cleared its share of a slot
     *,
     N: int,
     K: int,
@@ -85,21 +95,22 @@ def _moe_gemm_dw_kernel(
     share = block_m // config.warpgroups
     columns = c_smem.shape[-1]
 
-    def each_tile(body: Callable[..., None]) -> None:
-        """Calls body with the steps before it, the tile's place, and its expert's rows."""
+    def each_tile(body: Callable[..., None]) -> tuple[jax.Array, ...]:
+        """Calls body with the steps before it and its own, the tile's place, its first row, and
+        which rows of its slot ki are the expert's: from lo on, up to hi; of the slot before them
+        with ki = -1. Returns all steps, and lo and hi of the last."""
 
         def extent(t: jax.Array) -> tuple[jax.Array, jax.Array]:
             e = jnp.minimum(lax.div(t, num_m * num_n), num_e - 1)
             return plan_gmem[EXPERT_START, e], plan_gmem[EXPERT_STOP, e]
 
         here = extent(lax.axis_index("sm"))
+        none = (jnp.int32(0), jnp.int32(0), jnp.int32(block_k))
 
-        @plgpu.nd_loop(
-            (num_e * num_m * num_n,), collective_axes="sm", init_carry=(jnp.int32(0), *here)
-        )
-        def _tile(tile: plgpu.NDLoopInfo, carry: Any) -> Any:
+        @plgpu.nd_loop((num_e * num_m * num_n,), collective_axes="sm", init_carry=(*none, *here))
+        def end(tile: plgpu.NDLoopInfo, carry: Any) -> Any:
             # --- 1. which tile
-            done, start, stop = carry
+            done, *before, start, stop = carry
             following = extent(tile.index[0] + lax.axis_size("sm"))  # comes while this one is done
             e, within = lax.div(tile.index[0], num_m * num_n), lax.rem(tile.index[0], num_m * num_n)
             height = max(1, config.group_m // cluster)
@@ -108,9 +119,20 @@ def _moe_gemm_dw_kernel(
                 mi = mi * cluster + lax.axis_index("cluster")
             top = pl.multiple_of(lax.div(start, ALIGN) * ALIGN, ALIGN)
             steps = jnp.where(stop > start, lax.div(stop - top + block_k - 1, block_k), 0)
-            body(done, e, mi * block_m, ni * block_n, top, start, stop, steps)
+
+            def own(ki: Any) -> list[jax.Array]:
+                here = (start - top - ki * block_k, stop - top - ki * block_k)
+                return [jnp.where(ki < 0, *pair) for pair in zip(before, here, strict=True)]
+
+            body(done, steps, e, mi * block_m, ni * block_n, top, own)
             # Steps are counted across tiles: the ring does not stop between them.
-            return done + steps, *following
+            return done + steps, *own(steps - 1), *following
+
+        return end[:3]
+
+    def mixed(lo: Any, hi: Any) -> Any:
+        """Whether a slot holds rows of other experts too."""
+        return (lo > 0) | (hi < block_k)
 
     def slot_of(step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(stages))
@@ -119,29 +141,42 @@ def _moe_gemm_dw_kernel(
     def _memory() -> None:
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-        @each_tile
-        def _tile(
-            done: Any, e: Any, m: Any, n: Any, top: Any, start: Any, stop: Any, steps: Any
-        ) -> None:
-            del e, start, stop
+        def clear(step: Any, lo: Any, hi: Any) -> None:
+            """A slot that TMA has filled with rows of other experts too: those become zeros."""
+
+            @pl.when(mixed(lo, hi))
+            def _clear() -> None:
+                slot = slot_of(step)
+                plgpu.barrier_wait(full.at[stages + slot])
+                for smem in (x_smem, dy_smem):
+                    _clear_rows(smem.at[slot], lo, hi)
+                plgpu.commit_smem()
+                for _ in range(2):
+                    plgpu.barrier_arrive(full.at[slot])
+
+        def tile(done: Any, steps: Any, e: Any, m: Any, n: Any, top: Any, own: Any) -> None:
+            del e
 
             @pl.loop(0, steps)
             def _load(ki: jax.Array) -> None:
                 slot = slot_of(done + ki)
                 ks = pl.ds(top + ki * block_k, block_k)
+                filled = full.at[slot + jnp.where(mixed(*own(ki)), stages, 0)]
                 plgpu.barrier_wait(free.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    x_gmem.at[ks, pl.ds(m, block_m)], x_smem.at[slot], full.at[slot]
-                )
+                plgpu.copy_gmem_to_smem(x_gmem.at[ks, pl.ds(m, block_m)], x_smem.at[slot], filled)
                 # The blocks of a cluster compute the same columns: each fetches a share of dy's
                 # tile and sends it to all.
                 plgpu.copy_gmem_to_smem(
                     dy_gmem.at[ks, pl.ds(n, block_n)],
                     dy_smem.at[slot],
-                    full.at[slot],
+                    filled,
                     collective_axes="cluster" if cluster > 1 else None,
                 )
                 plgpu.commit_smem()  # a barrier: no warp may fall a whole turn of the ring behind
+                clear(done + ki - 1, *own(ki - 1))  # its rows have come; these are on their way
+
+        done, *last = each_tile(tile)
+        clear(done - 1, *last)
 
         # A barrier may not go away, nor a neighbour's arrival come, after its block has ended.
         for slot in range(stages):
@@ -152,31 +187,15 @@ def _moe_gemm_dw_kernel(
         ready_to_compute(config, free)
 
         @each_tile
-        def _tile(
-            done: Any, e: Any, m: Any, n: Any, top: Any, start: Any, stop: Any, steps: Any
-        ) -> None:
+        def _tile(done: Any, steps: Any, e: Any, m: Any, n: Any, top: Any, own: Any) -> None:
+            del top, own
+
             def accumulate(acc: Any) -> jax.Array:
                 # --- 2. main loop
                 @pl.loop(0, steps)
                 def _step(ki: jax.Array) -> None:
                     slot = slot_of(done + ki)
-                    lo, hi = start - top - ki * block_k, stop - top - ki * block_k
                     plgpu.barrier_wait(full.at[slot])
-
-                    @pl.when((lo > 0) | (hi < block_k))
-                    def _clear() -> None:
-                        for row in range(0, block_k, 32):
-
-                            @pl.when((row < lo) | (row + 32 > hi))
-                            def _rows(row: int = row) -> None:
-                                for smem in (x_smem, dy_smem):
-                                    tile = smem.at[slot]
-                                    _clear_rows(tile, row, wg, config.warpgroups, lo, hi)
-
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(cleared)
-                        plgpu.barrier_wait(cleared)
-
                     own = pl.ds(wg * share, share)
                     plgpu.wgmma(acc, x_smem.at[slot, :, own].T, dy_smem.at[slot])
                     # This product may run on; the one before it is done, and its slot is free.
@@ -227,9 +246,9 @@ def ready_to_compute(config: Any, free: Any) -> None:
         plgpu.barrier_arrive(free.at[slot])
 
 
-def ring(config: Any, tiles: tuple[tuple[int, int], ...], dtype: Any) -> tuple[list[Any], int]:
-    """Shared memory and barriers of the two products: slots, full and free; and the
-    bytes of shared memory that are left."""
+def ring(config: Any, tiles: tuple[tuple[int, int], ...], dtype: Any, full: int = 1) -> Any:
+    """Shared memory and barriers of the two products: slots, `full` barriers for each slot, free
+    ones; and the bytes of shared memory that are left."""
     taken = config.stages * sum(rows * cols for rows, cols in tiles) * _lib.bits(dtype) // 8
     barrier = (
         functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
@@ -241,7 +260,7 @@ def ring(config: Any, tiles: tuple[tuple[int, int], ...], dtype: Any) -> tuple[l
             plgpu.SMEM((config.stages, *tile), dtype, transforms=_lib.swizzled(dtype))
             for tile in tiles
         ),
-        plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=full * config.stages),
         barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
     ]
     return found, SHARED_BYTES - taken
@@ -284,13 +303,14 @@ def product_dw(
 ) -> jax.Array:
     """Each expert's rows of x, transposed, times its rows of dy; both may have more columns."""
     rows_each = EPILOGUE_M * config.warpgroups
-    if config.block_m % rows_each or config.block_n > 256:
+    if config.block_m % rows_each or config.block_n > 256 or config.stages < 3:
+        # A slot is cleared once the next one is on its way, and the one before it still in use.
         raise ValueError(
-            f"config: expected a multiple of {rows_each} rows and at most 256 columns for dw, "
-            f"got {config.block_m} and {config.block_n}"
+            f"config: expected a multiple of {rows_each} rows, at most 256 columns and at least 3 "
+            f"stages for dw, got {config}"
         )
     tiles = ((config.block_k, config.block_m), (config.block_k, config.block_n))
-    scratch, left = ring(config, tiles, x.dtype)
+    scratch, left = ring(config, tiles, x.dtype, full=2)
     # Pieces to store, at most a whole tile: those wait for none of their own stores.
     columns = EPILOGUE_BYTES * 8 // _lib.bits(out_dtype)
     slots = left // (config.warpgroups * EPILOGUE_M * EPILOGUE_BYTES)
@@ -298,7 +318,6 @@ def product_dw(
     pieces = (config.warpgroups, slots, EPILOGUE_M, columns)
     transforms = (plgpu.SwizzleTransform(EPILOGUE_BYTES),)
     scratch.append(plgpu.SMEM(pieces, out_dtype, transforms=transforms))
-    scratch.append(plgpu.Barrier(num_arrivals=config.warpgroups))
     return launch(
         functools.partial(_moe_gemm_dw_kernel, N=N, K=K, config=config),
         "moe_gemm_dw_kernel",

@@ -98,9 +98,9 @@ ROWS, DY = jnp.zeros(16, jnp.int32), jnp.zeros((16, 8), jnp.bfloat16)
             "config: expected a multiple of 64 rows under swiglu, got 72",
         ),
         (
-            lambda: grouped_gemm_dw(X, DY, SIZES, config=Config(block_m=72)),
+            lambda: grouped_gemm_dw(X, DY, SIZES, config=Config(stages=2)),
             ValueError,
-            "config: expected a multiple of 128 rows and at most 256 columns for dw, got 72 and",
+            "config: expected .* at least 3 stages for dw",
         ),
         (lambda: Config(cluster=3), ValueError, "cluster: expected 1 or 2"),
         (lambda: grouped_gemm_check(_sizes(4, -3, 2), M=9), ValueError, "got -3 for expert 1"),
@@ -154,7 +154,7 @@ def test_indices_that_x_does_not_have_read_zeros():
 @pytest.mark.parametrize(
     "config",
     [
-        Config(block_m=64, block_n=64, stages=2, group_m=1, warpgroups=1),
+        Config(block_m=64, block_n=64, stages=3, group_m=1, warpgroups=1),
         Config(block_n=64, block_k=128, warpgroups=1, cluster=2),
     ],
     ids=["small", "two stores a warpgroup"],
