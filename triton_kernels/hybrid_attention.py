@@ -8,7 +8,8 @@
         for the next 32 tiles of keys in its interval: which can be skipped, which need a mask
             for each of the others:
                 x = q @ k^T; mask it if it needs one
-                online softmax; acc += p @ v
+                acc += p @ v of the tile before, while this one goes through
+                the online softmax
         o = acc / row_sum
 
 Nothing of size T x T exists, and nothing is compiled or read by the host when lengths change: the
@@ -21,9 +22,9 @@ that start at multiples of 16 bytes; inputs of other strides are copied.
 
 Twin: pallas_kernels/hybrid_attention.py.
 
-Sources: FlashAttention-2 (arXiv:2307.08691) for the loop; skipping and masking by tile is
-FlexAttention's (arXiv:2412.05496), bounds by row in place of a mask MagiAttention's and FlashMask's
-(arXiv:2410.01359).
+Sources: FlashAttention-2 (arXiv:2307.08691) for the loop, FlashAttention-3 (arXiv:2407.08608) for
+p @ v one tile late; skipping and masking by tile is FlexAttention's (arXiv:2412.05496), bounds by
+row in place of a mask MagiAttention's and FlashMask's (arXiv:2410.01359).
 """
 
 from dataclasses import dataclass, replace
@@ -104,33 +105,54 @@ def default_config(
 
 
 @triton.jit
+def _add_values(
+    acc, p, shrink, v, n0, kv_start_ptr, kv_end_ptr, h, T, H, D,
+    block_n: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr, dead: tl.constexpr,
+):  # fmt: skip
+    """acc * shrink + p @ v, of the tokens from n0 on."""
+    v_tile = load_tile(v, h, n0, T, H, D, block_n, block_d, tma)
+    if dead:
+        v_tile = zero_dead(v_tile, kv_start_ptr, kv_end_ptr, n0 + tl.arange(0, block_n), T)
+    return tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
+
+
+@triton.jit
 def _visit(
-    acc, row_sum, row_max, q_tile, k, v, bits, masked, count, first,
-    kv_start, kv_end, q_noise, q_pos, slope,
+    acc, row_sum, row_max, p, shrink, n_before, q_tile, k, v, bits, masked, count, first,
+    m, q_pos, slope,
     kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
     h, T, H, D, scale, softcap, unit,
     block_n: tl.constexpr, block_d: tl.constexpr, strips: tl.constexpr, tma: tl.constexpr,
     capped: tl.constexpr, biased: tl.constexpr, dead: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """The `count` tiles of keys in `bits`, from tile `first` on, each in so many strips of block_n
-    rows. dead: some of their tokens see nothing."""
+    rows. dead: some of their tokens see nothing.
+
+    p and shrink are those of the tile before, at n_before: p @ v is multiplied one tile late, so
+    that the tensor cores work while x is exponentiated.
+    """
     strip = 0
-    for _ in tl.range(0, count * strips, num_stages=stages):
+    for _ in tl.range(0, count * strips, num_stages=stages, disable_licm=True):
         lane = lowest(bits)
         n0 = ((first + lane) * strips + strip) * block_n
+        partly = (masked & bits & -bits) != 0
         bits, strip = after(bits, strip, strips)
         j = n0 + tl.arange(0, block_n)
         k_tile = load_tile(k, h, n0, T, H, D, block_n, block_d, tma)
         s = tl.dot(q_tile, k_tile.T)  # [block_m, block_n]
+        acc = _add_values(
+            acc, p, shrink, v, n_before, kv_start_ptr, kv_end_ptr, h, T, H, D,
+            block_n, block_d, tma, dead,
+        )  # fmt: skip
         k_pos = j
         if biased:
             k_pos = tl.load(token_pos_ptr + j, mask=j < T, other=0)
         x, _ = scores(s, q_pos[:, None], k_pos[None, :], slope, scale, softcap, capped, biased)
-        if ((masked >> lane) & 1) != 0:
+        if partly:
+            # Loaded each time, as registers are short.
+            start, end, own = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
             noise = tl.load(noise_id_ptr + j, mask=j < T, other=-1)
-            seen = visible(
-                kv_start[:, None], kv_end[:, None], q_noise[:, None], j[None, :], noise[None, :]
-            )
+            seen = visible(start[:, None], end[:, None], own[:, None], j[None, :], noise[None, :])
             x = tl.where(seen, x, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(x, 1))
         # A row may have seen nothing yet.
@@ -138,12 +160,8 @@ def _visit(
         p = tl.exp2(x * unit - (base * unit)[:, None])
         shrink = tl.exp2((row_max - base) * unit)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        v_tile = load_tile(v, h, n0, T, H, D, block_n, block_d, tma)
-        if dead:
-            v_tile = zero_dead(v_tile, kv_start_ptr, kv_end_ptr, j, T)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
-        row_max = new_max
-    return acc, row_sum, row_max
+        row_max, n_before = new_max, n0
+    return acc, row_sum, row_max, p, shrink, n_before
 
 
 @triton.jit
@@ -166,7 +184,6 @@ def _hybrid_attention_kernel(
     i, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
     mi = tl.load(order_ptr + i // halves) * halves + i % halves
     m = mi * block_m + tl.arange(0, block_m)
-    kv_start, kv_end, noise_id = per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, m, T)
     mine = bounds(tiles_ptr, mi, T, block_m // 64)
     q_pos, slope = m, 0.0
     if biased:
@@ -186,19 +203,27 @@ def _hybrid_attention_kernel(
     for dead in tl.static_range(2):
         if dead:  # apart, so that what this needs of registers is not held above
             stop = tl.where(dead_tiles > 0, stop, begin)
+        p = tl.zeros((block_m, STRIP if dead else block_n), tl.float32)
+        shrink = tl.full((block_m,), 1.0, tl.float32)
+        n_before = T  # no tile: loads zeros
         for first in tl.range(begin, stop, LANES, num_stages=1):
             bits, masked, count, others = walk(
                 tiles_ptr, mine, mi * block_m, first, stop, T, block_m, wide, False, dead
             )
             dead_tiles += others
-            acc, row_sum, row_max = _visit(
-                acc, row_sum, row_max, q_tile, k_strip if dead else k, v_strip if dead else v,
-                bits, masked, count, first, kv_start, kv_end, noise_id, q_pos, slope,
+            acc, row_sum, row_max, p, shrink, n_before = _visit(
+                acc, row_sum, row_max, p, shrink, n_before,
+                q_tile, k_strip if dead else k, v_strip if dead else v,
+                bits, masked, count, first, m, q_pos, slope,
                 kv_start_ptr, kv_end_ptr, noise_id_ptr, token_pos_ptr,
                 h // (Hq // Hk), T, Hk, D, scale, softcap, unit,
                 STRIP if dead else block_n, block_d, wide // (STRIP if dead else block_n), tma,
                 capped, biased, dead, 1 if dead else stages,
             )  # fmt: skip
+        acc = _add_values(
+            acc, p, shrink, v_strip if dead else v, n_before, kv_start_ptr, kv_end_ptr,
+            h // (Hq // Hk), T, Hk, D, STRIP if dead else block_n, block_d, tma, dead,
+        )  # fmt: skip
 
     # --- 3. epilogue
     # A row that saw nothing has sum 0 and acc 0.
@@ -237,6 +262,8 @@ def _forward(
     with _lib.on_device(q):
         _lib.check_gpu()
         tiling = Config(*config) if config else default_config(T, Hq, Hk, D, q.dtype)
+        if config is None and D > 128 and softcap and alibi is not None:
+            tiling = replace(tiling, block_n=32)  # tanh and distances take registers too
         block_m, block_n, block_d = tiling.block_m, tiling.block_n, _lib.power_of_2(D)
         _hybrid_attention_kernel[(len(q_order) * (ORDERED // block_m) * Hq,)](
             operand(q, block_m, block_d),
