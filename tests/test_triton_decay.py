@@ -181,6 +181,17 @@ def test_chunks_and_tiles_change_the_last_bits_alone():
         same(other, [x.double() for x in found[0]])
 
 
+def test_nothing_decays_at_a_first_token_without_a_state():
+    """The gradient of its gate is 0, not what rounding leaves of sums that cancel."""
+    args = arguments([0, 50, 50, 83], H=4, V=48, given=False)
+    dy = normal(83, 4, 48, dtype=HALF)
+    for S0 in (None, torch.zeros(3, 4, 16, 48, device=DEVICE)):
+        args[5] = S0
+        _, res = DECAY.decay_attention_fwd(*args, chunk=32)
+        dg = DECAY.decay_attention_bwd(res, dy, normal(3, 4, 16, 48), chunk=32)[3]
+        assert not dg[[0, 50]].any() and dg[[1, 51]].all()
+
+
 @pytest.mark.parametrize("tma", [True, False])
 def test_nan_stays_in_its_sequence(tma):
     args = arguments([0, 18, 18, 37, 42], H=1)

@@ -5,16 +5,19 @@
         E[t, j] = exp(b[t] - b[j]) for j <= t, else 0; W = E u[j]; e = scale e^b; a = e^(b_n - b) u
     dq kernel:
         Z = scale * dy v^T * W
-        dq += Z k + (e dy) S^T                      rows = rowsum(Z * q k^T) + e dy . (q S)
+        dq += Z k + (e dy) S^T                      old = e dy . (q S)
+                                                    rows = rowsum(Z * q k^T) + old
     dk and dv kernel, all transposed:
         P = scale * q k^T * W     Z as above
         dk += Z^T q + (a v) dS^T                    dv = P^T dy + a * (k dS)
         s = e^(b_n - b) v . (k dS)                  du = colsum(scale * dy v^T * E * q k^T) + s
-        dg[t] = sum of (rows - u du) from t on + sum(u s) + e^(b_n) <S, dS>           di = u du
+        dg[t] = sum(old) + e^(b_n) <S, dS> - sum of (rows - u du) before t            di = u du
 
 The sums for dg stay within a chunk, on values in float32: a sum of q dq - k dk over a sequence is
-the same but for rounding, of which it is a difference. P^T and Z^T are products of their own: a
-product that is transposed and multiplied again is miscompiled by Triton 3.4 to 3.7.0.
+the same but for rounding, of which it is a difference. They begin at the chunk's first token, whose
+gate decays nothing but the state that enters: without one, dg is 0 there, not what rounding leaves.
+P^T and Z^T are products of their own: a product that is transposed and multiplied again is
+miscompiled by Triton 3.4 to 3.7.0.
 Heads of one q are added up in a program, and what several programs have by a further kernel.
 
 Twin: pallas_kernels/decay_attention_bwd.py.
@@ -61,6 +64,7 @@ def _decay_attention_dq_kernel(
     cu_ptr,  # [B + 1] int32
     dq_ptr,  # [splits, T, Hq, K]
     rows_ptr,  # [H, slots, chunk] float32, what of dg begins with a token's q; None without g
+    old_ptr,  # [H, slots] float32, what of it ends with the state before the chunk
     T, B, slots, H, Hq, splits, heads, scale, stride_q, stride_k, stride_v, stride_dy,
     stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
     stride_dyh: tl.constexpr, K: tl.constexpr, V: tl.constexpr, chunk: tl.constexpr,
@@ -102,8 +106,10 @@ def _decay_attention_dq_kernel(
         dq = tl.dot(Z.to(k_tile.dtype), k_tile, dq)
         # --- 4. store
         if rows_ptr is not None:
-            old += tl.sum(Z * tl.dot(q, k_tile.T), 1)
-            tl.store(rows_ptr + (h.to(tl.int64) * slots + p) * chunk + lane, old)
+            at = h.to(tl.int64) * slots + p
+            tl.store(old_ptr + at, tl.sum(old, 0))
+            rows = old + tl.sum(Z * tl.dot(q, k_tile.T), 1)
+            tl.store(rows_ptr + at * chunk + lane, rows)
     k = tl.arange(0, block_k)
     at = token_ptr(dq_ptr + part.to(tl.int64) * T * Hq * K, Hq * K, K, t0 + lane, hq, k)
     tl.store(at, dq.to(dq_ptr.dtype.element_ty), inside(t0 + lane, end, k, K))
@@ -122,6 +128,7 @@ def _decay_attention_dkdv_kernel(
     D_ptr,  # [H] or [H, V] float32 or None
     cu_ptr,  # [B + 1] int32
     rows_ptr,  # [H, slots, chunk] float32, from the dq kernel; None without g
+    old_ptr,  # [H, slots] float32, from the dq kernel
     dk_ptr,  # [splits, T, Hq, K]
     dv_all,  # [T, H, V]
     dg_ptr,  # [T, H] float32, or sums [slots, H] if constant
@@ -187,11 +194,11 @@ def _decay_attention_dkdv_kernel(
             store_tokens(dv_all, dv, t0, end, h, v0, H, V, chunk, block_v, tma)
         # --- 3. epilogue
         if rows_ptr is not None:
-            new *= f
-            du += new
-            rows = tl.load(rows_ptr + (h.to(tl.int64) * slots + p) * chunk + lane)
-            dg = tl.cumsum(rows - u * du, 0, reverse=True)
-            dg += tl.sum(u * new, 0) + tl.exp2(b_n) * tl.sum(both, 0)
+            du += f * new
+            at = h.to(tl.int64) * slots + p
+            net = tl.load(rows_ptr + at * chunk + lane) - u * du
+            dg = tl.load(old_ptr + at) + tl.exp2(b_n) * tl.sum(both, 0)
+            dg -= tl.cumsum(net, 0) - net  # nothing at the first token
             # --- 4. store
             t = t0 + lane
             if constant:
@@ -254,7 +261,10 @@ def backward(
     )
     dv = v.new_empty(T, H, V)
     gated = decay[0] is not None
-    rows = v.new_empty(H, slots, chunk, dtype=torch.float32) if gated else None
+    rows, old = (
+        v.new_empty(H, slots, *size, dtype=torch.float32) if gated else None
+        for size in ((chunk,), ())
+    )
     # sums over the chunks there are meet zeros in other slots
     dg = v.new_zeros(slots, H, dtype=torch.float32) if constant else rows_like(v)
     du = rows_like(v)
@@ -270,13 +280,13 @@ def backward(
     resources = {"num_warps": grads.warps, "num_stages": grads.stages}
     grid = (slots * Hq * splits,)
     _decay_attention_dq_kernel[grid](
-        *tokens, S, decay[0], u, cu_seqlens, dq, rows, *sizes, K, V, chunk, block_k, block_v,
+        *tokens, S, decay[0], u, cu_seqlens, dq, rows, old, *sizes, K, V, chunk, block_k, block_v,
         block_b, constant, tma, **resources,
     )  # fmt: skip
     _decay_attention_dkdv_kernel[grid](
-        *tokens, S, dS, decay[0], u, D, cu_seqlens, rows, dk, operand(dv, chunk, block_v, tma),
-        dg, None if u is None else du, dD, *sizes, *stride_D, K, V, chunk, block_k, block_v,
-        block_b, constant, log_u, tma, **resources,
+        *tokens, S, dS, decay[0], u, D, cu_seqlens, rows, old, dk,
+        operand(dv, chunk, block_v, tma), dg, None if u is None else du, dD, *sizes, *stride_D, K,
+        V, chunk, block_k, block_v, block_b, constant, log_u, tma, **resources,
     )  # fmt: skip
     if splits > 1:
         dq, dk = (sum_rows(x.view(splits, -1), q.dtype) for x in (dq, dk))
