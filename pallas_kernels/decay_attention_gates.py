@@ -68,6 +68,26 @@ def load_lanes(x_gmem: Any, *at: Any) -> jax.Array:
     return plgpu.load(x_gmem.at[at], layout=LANES, optimized=False)
 
 
+def room_for(H: int) -> int:
+    """Columns of an array [T, H] for store_tokens: whole copies and, if several, whole blocks."""
+    return _lib.cdiv(H, 4) * 4 if H <= HEADS else _lib.cdiv(H, HEADS) * HEADS
+
+
+def store_tokens(x_smem: Any, live: Any, x_gmem: Any, first: Any) -> None:
+    """Stores the first `live` tokens of a chunk to x_gmem [T, heads], from token `first` on.
+
+    TMA leaves out the heads that x_gmem lacks, but not of one token, which is contiguous memory
+    (see store_rows): it is told how many there are.
+    """
+    own = lax.axis_index("heads") * HEADS
+    some = min(HEADS, x_gmem.shape[1])
+
+    def target(lo: Any, n: int) -> Any:
+        return x_gmem.at[pl.ds(first + lo, n), pl.ds(own, HEADS if n > 1 else some)]
+
+    store_rows(x_smem, live, target)
+
+
 def no_heads() -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), LANES)
 
@@ -112,7 +132,8 @@ def _decay_attention_gates_kernel(
     plgpu.commit_smem()
 
     # --- 4. store
-    plgpu.copy_smem_to_gmem(gates_smem, gates_gmem.at[p, heads])
+    live = jnp.minimum(gates_gmem.shape[1] - heads.start, HEADS)
+    store_rows(gates_smem, live, lambda lo, n: gates_gmem.at[p, pl.ds(heads.start + lo, n)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -150,9 +171,9 @@ def _decay_attention_gates_bwd_kernel(*refs: Any, T: int, constant: bool, weight
     if constant:
         dg_gmem[p, heads] = total
     else:
-        store_rows(dg_smem, live, lambda lo, n: dg_gmem.at[pl.ds(first + lo, n), heads])
+        store_tokens(dg_smem, live, dg_gmem, first)
     if weighted:
-        store_rows(di_smem, live, lambda lo, n: di_gmem[0].at[pl.ds(first + lo, n), heads])
+        store_tokens(di_smem, live, di_gmem[0], first)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -230,8 +251,8 @@ def gates_bwd(
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """(dg, di): [T, H], or for a constant g [H]; None without an i."""
     slots, H, _ = gates.shape
-    room = _lib.cdiv(H, HEADS) * HEADS if constant else _lib.cdiv(H, 4) * 4
-    row = jax.ShapeDtypeStruct((T, _lib.cdiv(H, 4) * 4), jnp.float32)
+    room = _lib.cdiv(H, HEADS) * HEADS if constant else room_for(H)
+    row = jax.ShapeDtypeStruct((T, room_for(H)), jnp.float32)
     dg, *di = launch(
         functools.partial(
             _decay_attention_gates_bwd_kernel, T=T, constant=constant, weighted=weighted

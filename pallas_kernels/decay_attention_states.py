@@ -189,15 +189,21 @@ def meet(met: Any, warpgroups: int) -> None:
 
 
 def store_rows(y_smem: Any, live: Any, target: Callable[[Any, int], Any]) -> None:
-    """Stores the first `live` rows: shapes of a copy are static, so one for each bit of `live`."""
+    """Stores the first `live` rows: shapes of a copy are static, so one for each bit of `live`.
+
+    target(lo, n): where rows lo .. lo + n go, or their first columns. It lies inside the array if
+    it is contiguous memory: Mosaic turns such a copy into a plain bulk copy, which does not end
+    where the rows end but runs on into what comes next (jax 0.11.2; the interpreter clips it).
+    """
     lo, size = 0, y_smem.shape[0]
     while size:
 
         @pl.when((live & size) != 0)
         def _(lo: Any = lo, size: int = size) -> None:
-            plgpu.copy_smem_to_gmem(
-                y_smem.at[pl.ds(lo, size)], target(lo, size), commit_group=False
-            )
+            rows, to = y_smem.at[pl.ds(lo, size)], target(lo, size)
+            if to.shape[1] < y_smem.shape[1]:
+                rows = rows.at[:, pl.ds(0, to.shape[1])]
+            plgpu.copy_smem_to_gmem(rows, to, commit_group=False)
 
         lo += live & size
         size //= 2

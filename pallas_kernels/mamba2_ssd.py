@@ -42,7 +42,9 @@ from .decay_attention_gates import (
     gates_of,
     load_lanes,
     no_heads,
+    room_for,
     step_size,
+    store_tokens,
     sum_along,
 )
 from .decay_attention_states import (
@@ -52,7 +54,6 @@ from .decay_attention_states import (
     check_tokens,
     find_span,
     launch,
-    store_rows,
 )
 
 INFINITY = float("inf")
@@ -121,7 +122,7 @@ def _mamba2_ssd_dt_kernel(*refs: Any, T: int, softplus: bool, low: float, high: 
     # --- 4. store
     for i in range(2):
         sums_gmem[p, i, heads] = sums[i]
-    store_rows(ddt_smem, live, lambda lo, n: ddt_gmem.at[pl.ds(first + lo, n), heads])
+    store_tokens(ddt_smem, live, ddt_gmem, first)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -156,7 +157,7 @@ def _dt_bwd(
     ddt, sums = launch(
         kernel, "mamba2_ssd_dt_kernel",
         [
-            jax.ShapeDtypeStruct(dt.shape, jnp.float32),
+            jax.ShapeDtypeStruct((T, room_for(H)), jnp.float32),
             jax.ShapeDtypeStruct((slots, 2, _lib.cdiv(H, HEADS) * HEADS), jnp.float32),
         ],
         [
