@@ -30,7 +30,13 @@ def test_the_gaps_are_still_there_upstream():
     assert [probe.name for probe in probes if not (probe.ok or probe.detail)] == []
 
 
-@pytest.mark.parametrize("gap", GAPS)
+def test_a_plain_copy_that_would_run_on_is_an_error():
+    kernel, words = mosaic_interpreter.probe_kernels()["plain_store"], "run on beyond dimension 1"
+    with pytest.raises(Exception, match=words), mosaic_interpreter.interpreting():
+        _run(kernel, _x())
+
+
+@pytest.mark.parametrize("gap", [gap for gap in GAPS if gap != "plain_store"])
 def test_a_filled_gap_gives_the_right_answer(gap):
     x = np.asarray(_x(), np.float32)
     want = {

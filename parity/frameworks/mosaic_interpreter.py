@@ -13,6 +13,8 @@ and `install` adds:
     dependent_launch    griddepcontrol: nothing to wait for
     inline_code         plgpu.inline_mgpu of a function that says, as its attribute `in_jax`, what
                         it computes
+    plain_store         a store to contiguous memory may not run on beyond its row: on a GPU it is a
+                        plain bulk copy, which only the array's end clips
     nan_maximum         the maximum or minimum of 4096 elements and more: XLA's on a CPU forgets
                         NaN, where a GPU's are max.NaN and min.NaN
     wgmma_races         the race detector sees what wgmma reads, and that it reads until wgmma_wait
@@ -57,7 +59,7 @@ _PRIVATE = {
     "state": ("jax._src.state.types", ("AbstractRef", "ReshapeTransform", "TransformedRef")),
     "stores": ("jax._src.state.primitives", ("swap_p",)),
     "discharge": ("jax._src.state.discharge", ("run_state_p",)),
-    "spaces": (f"{_ROOT}.core", ("MemorySpace",)),
+    "spaces": (f"{_ROOT}.core", ("MemorySpace", "UnswizzleRef")),
     "primitives": (
         f"{_ROOT}.primitives",
         (
@@ -737,11 +739,32 @@ def _operand(shared: Any, key: Any, transforms: Any) -> tuple[Any, Any]:
     return key, shared.access(key, transforms)
 
 
+def _check_plain_store(copy: dict[str, Any]) -> None:
+    """Raises IndexError where a plain bulk copy would run on into the next rows: a tiled TMA copy
+    is clipped in every dimension, and a plain one, which Mosaic makes of a copy without swizzle
+    whose target is contiguous, where the array ends."""
+    shared = _jax().calls._get_shared_memory()
+    target, written = _operand(shared, copy["dst_allocation_key_as_array"], copy["dst_transforms"])
+    shape = tuple(shared.buffer_shape_and_dtype(target).shape)
+    starts = [r.start if isinstance(r, slice) else r for r in written.range]
+    sizes = [r.stop - r.start if isinstance(r, slice) else 1 for r in written.range]
+    first = next((n for n, size in enumerate(sizes) if size > 1), 0)
+    plain = tuple(sizes[first + 1 :]) == shape[first + 1 :] and not any(
+        isinstance(t, _jax().spaces.UnswizzleRef) for t in copy["src_transforms"]
+    )
+    if plain and starts[first] + sizes[first] > shape[first] and any(n > 1 for n in shape[:first]):
+        raise IndexError(
+            f"copy_smem_to_gmem of {sizes} to {starts} of an array of shape {list(shape)} is a "
+            f"plain copy of contiguous memory: it would run on beyond dimension {first}"
+        )
+
+
 def _tma_store(
     *, token: Any, thread: Any, reduction_op: str | None, source_info: Any = None, **rest: Any
 ) -> Any:
     calls = _jax().calls
     if reduction_op is None:
+        _check_plain_store(rest)
         stock = _stock()[calls, "copy_smem_to_gmem"]
         return stock(token=token, thread=thread, reduction_op=None, source_info=source_info, **rest)
     if reduction_op != "add" or rest["predicate"] is not None:
@@ -869,6 +892,15 @@ def _atomics_body(x: Any, y: Any) -> None:
     plgpu.atomic_add(y, jnp.ones((64, 64), jnp.float32))
 
 
+def _plain_store_body(x: Any, y: Any, y_smem: Any) -> None:
+    y[...] = x[...].astype(jnp.float32)
+    y_smem[...] = jnp.zeros((1, 128), jnp.float32)
+    plgpu.commit_smem()
+    start = (x[0, 0] * 0).astype(jnp.int32)
+    plgpu.copy_smem_to_gmem(y_smem, y.at[pl.ds(start, 1), pl.ds(start, 128)])  # y has 64 columns
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _tma_reduction_body(x: Any, y: Any, y_smem: Any) -> None:
     y_smem[...] = x[...].astype(jnp.float32)
     plgpu.commit_smem()
@@ -929,6 +961,7 @@ def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
         "predicated_store": _kernel(_predicated_store_body, plgpu.SMEM((64, 64), jnp.float32)),
         "atomics": _kernel(_atomics_body),
         "tma_reduction": _kernel(_tma_reduction_body, plgpu.SMEM((64, 64), jnp.float32)),
+        "plain_store": _kernel(_plain_store_body, plgpu.SMEM((1, 128), jnp.float32)),
         "dependent_launch": _kernel(_dependent_launch_body),
         "inline_code": _kernel(_inline_code_body),
         "nan_maximum": _kernel(_nan_maximum_body),
@@ -965,6 +998,8 @@ def _probe(name: str, kernel: Callable[[jax.Array], jax.Array]) -> Probe:
             return Probe(name, False, "a maximum forgot NaN")
         if detect and not races():
             return Probe(name, False, "no race reported")
+        if name == "plain_store":
+            return Probe(name, False, "no error reported")
     except Exception as error:
         _jax().calls.reset_gpu_interpret_mode_state()
         return Probe(name, False, f"{type(error).__name__}: {str(error).strip()}".splitlines()[-1])
