@@ -29,6 +29,7 @@ from .hybrid_attention_tiles import (
     add_tile,
     after,
     bounds,
+    load_live,
     load_tile,
     lowest,
     operand,
@@ -185,7 +186,7 @@ def _hybrid_attention_dq_kernel(
 
 @triton.jit
 def _visit_queries(
-    dk, dv, k_tile, v_tile, k_live, q, do, dq, bits, masked, count, first,
+    dk, dv, k_tile, v_tile, q, do, dq, bits, masked, count, first,
     j, k_pos, hk, G,
     lse_ptr, delta_ptr, alibi_ptr,
     kv_start_ptr, kv_end_ptr, q_start_ptr, q_end_ptr, token_pos_ptr,
@@ -196,7 +197,7 @@ def _visit_queries(
     """dk += dx^T @ q and dv += p^T @ do over the `count` tiles of queries in `bits`, of G heads,
     each in so many strips of block_n rows. dead: some of their tokens see nothing.
 
-    Unless dq is None, dq += dx @ k_live as well: k with zeros for keys that see nothing.
+    Unless dq is None, dq += dx @ k as well: k and v are then zero for keys that see nothing.
     """
     h, left, strip = hk * G, bits, 0
     # What does not change in the loop is not kept through it, and delta is loaded where it is
@@ -230,14 +231,12 @@ def _visit_queries(
         dx = p * (dp - delta[None, :])
         if capped:
             dx *= 1.0 - bent * bent
-        # v of a key that sees nothing may be NaN. A branch takes registers, and spares some at 256.
-        if dq is not None and block_d <= 128:
-            dx = tl.where(p > 0.0, dx, 0.0)
-        elif dq is not None and (masked & left & -left) != 0:
+        if dq is not None and block_d > 128 and (masked & left & -left) != 0:
+            # Is 0 there as it is: with this branch ptxas finds enough registers, and not without.
             dx = tl.where(p > 0.0, dx, 0.0)
         dx = dx.to(q_tile.dtype)
         if dq is not None:
-            dq_tile = tl.dot(dx.T, k_live)
+            dq_tile = tl.dot(dx.T, k_tile)
         dk = tl.dot(dx, q_tile, dk)
         if dq is not None:
             add_tile(dq, dq_tile, h, m0, T, H, D, block_n, block_d)
@@ -280,11 +279,12 @@ def _hybrid_attention_dkdv_kernel(
         unit = scale * LOG2_E
 
     # --- 2. main loop
-    k_tile = load_tile(k, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
-    v_tile = load_tile(v, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
-    k_live = k_tile
-    if dq is not None:
-        k_live = zero_dead(k_tile, kv_start_ptr, kv_end_ptr, j, T)
+    if dq is None:
+        k_tile = load_tile(k, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+        v_tile = load_tile(v, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
+    else:  # dq sums over keys, and 0 * NaN is NaN
+        k_tile = load_live(k, hk, kv_start_ptr, kv_end_ptr, j, T, Hk, D, block_d)
+        v_tile = load_live(v, hk, kv_start_ptr, kv_end_ptr, j, T, Hk, D, block_d)
     dk_acc = tl.zeros((block_m, block_d), tl.float32)
     dv_acc = tl.zeros((block_m, block_d), tl.float32)
     begin, stop = tl.maximum(begin, 0) // wide, tl.cdiv(tl.minimum(stop, T), wide)
@@ -298,7 +298,7 @@ def _hybrid_attention_dkdv_kernel(
             )
             dead_tiles += others
             dk_acc, dv_acc = _visit_queries(
-                dk_acc, dv_acc, k_tile, v_tile, k_live,
+                dk_acc, dv_acc, k_tile, v_tile,
                 q_strip if dead else q, do_strip if dead else do, dq_strip if dead else dq,
                 bits, masked, count, first, j, k_pos, hk, Hq // Hk,
                 lse_ptr, delta_ptr, alibi_ptr,
@@ -382,7 +382,8 @@ def backward(
         if not of_dq:  # wgmma makes at least 64 rows of it at once
             sums, block_s = q.new_zeros(q.shape, dtype=torch.float32), 64
         _hybrid_attention_dkdv_kernel[(len(k_order) * (128 // block_m) * Hk,)](
-            operand(k, block_m, block_d), operand(v, block_m, block_d),
+            *((operand(x, block_m, block_d) for x in (k, v)) if of_dq
+              else (k.contiguous(), v.contiguous())),
             *(operand(x, size, block_d, adds=x is sums)
               for size in (block_n, block_s) for x in (q, do, sums)),
             operand(dk, block_m, block_d), operand(dv, block_m, block_d),

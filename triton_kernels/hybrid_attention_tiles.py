@@ -157,6 +157,17 @@ def load_tile(
 
 
 @triton.jit
+def load_live(x_ptr, h, kv_start_ptr, kv_end_ptr, t, T, H, D, block_d: tl.constexpr):
+    """Rows t of x [T, H, D], contiguous, of one head: zeros for tokens that see nothing."""
+    live = tl.load(kv_start_ptr + t, mask=t < T, other=0) < tl.load(
+        kv_end_ptr + t, mask=t < T, other=0
+    )
+    d = tl.arange(0, block_d)
+    at = x_ptr + (t.to(tl.int64)[:, None] * H + h) * D + d[None, :]
+    return tl.load(at, mask=live[:, None] & (d[None, :] < D), other=0.0)
+
+
+@triton.jit
 def store_tile(
     x, tile, h, row, T, H, D,
     block_r: tl.constexpr, block_d: tl.constexpr, tma: tl.constexpr,
