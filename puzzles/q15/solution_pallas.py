@@ -45,15 +45,17 @@ def _w4_kernel(x_gmem, packed_gmem, scale_gmem, zero_gmem, y_gmem, y_smem):
         #    reference's part the transpose is x_smem.at[0].T), and the other;
         #    plgpu.wgmma_wait(0) before it is read.
         # 3. Return acc plus that, times the scale.
-        # A float16 with the bits 0x6400 | q is 1024 + q, which is quicker than a conversion.
+        # A float16 with the bits 0x6400 | q is 1024 + q, which is quicker than a conversion; and a
+        # high nibble where it is, at the bits 0xf0, makes it 1024 + 16 q: no shift.
         # INSTEAD return acc
         low, high, zero = (
-            lax.bitcast_convert_type(q | 0x6400, jnp.float16) for q in (byte & 15, byte >> 4, zero)
+            lax.bitcast_convert_type(q | 0x6400, jnp.float16) for q in (byte & 15, byte & 240, zero)
         )
+        low, high = low - zero, high * 0.0625 - (zero - 960.0)  # (1024 + 16 q) / 16 is 64 + q
 
         def product(part):
-            plgpu.wgmma(part, low - zero, x_smem.at[0].T)
-            plgpu.wgmma(part, high - zero, x_smem.at[1].T)
+            plgpu.wgmma(part, low, x_smem.at[0].T)
+            plgpu.wgmma(part, high, x_smem.at[1].T)
             plgpu.wgmma_wait(0)
             return part[...]
 

@@ -14,10 +14,10 @@ import triton.language as tl
 
 @triton.jit
 def _w4_kernel(
-    x_ptr, packed_ptr, scale_ptr, zero_ptr, y_ptr, M, N, K,
+    x_ptr, packed_ptr, scale_ptr, zero_ptr, y_ptr, M, N, G,
     block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
-    """One program for a tile of y, transposed: [block_n, block_m]; K is whole groups of 128.
+    """One program for a tile of y, transposed: [block_n, block_m]; K is G groups of 128.
 
     The tensor cores of Hopper want 64 rows on the left: rows of W are many, tokens are few.
     """
@@ -25,10 +25,12 @@ def _w4_kernel(
     n = tl.program_id(0).to(tl.int64) * block_n + tl.arange(0, block_n)
     k, j = tl.arange(0, 128), tl.arange(0, 64)  # a group's weights, and its bytes
     acc = tl.zeros([block_n, block_m], tl.float32)
-    for g in range(0, K // 128):
-        at = m[:, None] * K + g * 128 + k[None, :]
+    # Two groups a trip: their scales and zero points, which no pipeline fetches ahead because they
+    # are narrow, are waited for together.
+    for g in tl.range(0, G, loop_unroll_factor=2):
+        at = m[:, None] * (G * 128) + g * 128 + k[None, :]
         x = tl.load(x_ptr + at, mask=m[:, None] < M, other=0.0)  # [block_m, 128]
-        at = n[:, None] * (K // 2) + g * 64 + j[None, :]
+        at = n[:, None] * (G * 64) + g * 64 + j[None, :]
         byte = tl.load(packed_ptr + at, mask=n[:, None] < N, other=0)  # [block_n, 64]
         scale = tl.load(scale_ptr + g * N + n, mask=n < N, other=0.0)  # [block_n]
         zero = tl.load(zero_ptr + g * N + n, mask=n < N, other=0)
@@ -53,6 +55,6 @@ def solve(x, packed, scale, zero):
     y = torch.empty((M, N), dtype=torch.float16, device=x.device)
     grid = (triton.cdiv(N, block_n), triton.cdiv(M, block_m))
     _w4_kernel[grid](
-        x, packed, scale, zero, y, M, N, K, block_m, block_n, num_warps=4, num_stages=4
+        x, packed, scale, zero, y, M, N, K // 128, block_m, block_n, num_warps=4, num_stages=3
     )
     return y
