@@ -146,7 +146,7 @@ def fingerprint(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(x).view(np.uint8)).hexdigest()
     flat = x.contiguous().view(-1)
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32}[x.element_size()]
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     flat = flat.view(words)
     return int(flat.sum(dtype=torch.int64)), int(flat[1::2].sum(dtype=torch.int64))
 
