@@ -28,6 +28,7 @@ from parity import formats
 from parity.frameworks import mosaic_interpreter
 
 SMALL = Config(8, 128, 2, 1, 2)
+QUANTIZER = importlib.import_module("pallas_kernels.int4_matmul_quantize")
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +139,48 @@ def test_quantizing_is_the_format_bit_for_bit(K, group, dtype, symmetric):
         if r is not None:
             assert y.dtype == r.dtype
             assert np.array_equal(y, r, equal_nan=r.dtype != np.uint8)
+
+
+@pytest.mark.parametrize("bits", [8, 11], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("power", [0, -115], ids=["", "tiny"])
+def test_every_quotient_is_rounded_as_a_division_would_be(bits, power):
+    """All significands of scales, all numbers up to 15 scales, and reciprocals 2 ulp off."""
+    scale = np.arange(1 << bits - 1, 1 << bits, dtype=np.float32)
+    numbers = np.concatenate([scale * 2.0**e for e in range(-2, 5)]).astype(np.float32)
+    run = jax.jit(lambda x, s, off: _whole(x, s * 2.0**power, off))
+    for some in np.split(scale, max(1, len(scale) // 128)):
+        want = np.rint(numbers / some[:, None])
+        x = numbers * np.float32(2.0**power)
+        for off in (-1, 0, 1):
+            got = np.asarray(run(x, some, np.float32(1 + off * 2.0**-22)))
+            inside = numbers <= 15.5 * some[:, None]
+            assert np.array_equal(got[inside], want[inside])
+            assert np.array_equal(-np.asarray(run(-x, some, np.float32(1)))[inside], want[inside])
+
+
+def _whole(x, scale, off):
+    """QUANTIZER's rint(x / scale), [scales, numbers], its reciprocals multiplied by `off`."""
+    r, snap, rest, none = (y[:, None] for y in QUANTIZER._rounding(scale))
+    return QUANTIZER._rounded(x, r * off, snap, rest) - none
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_every_scale_is_rounded_as_a_division_would_be(dtype, bits):
+    every = np.arange(1 << 15, dtype=np.uint16).view(jnp.dtype(dtype)).astype(np.float32)
+    every = every[np.isfinite(every) & (every >= np.finfo(np.float32).tiny * 7)]
+    got = np.asarray(jax.jit(lambda x: QUANTIZER._share(x, True))(every))
+    assert np.array_equal(got.astype(dtype), (every / np.float32(7)).astype(dtype))
+    # 15 times what lies half-way between two scales, and its neighbours in float32
+    half = np.arange((1 << bits) + 1, 2 << bits, 2, dtype=np.float32) * 15
+    spans = (half.view(np.int32)[:, None] + np.arange(-3, 4, dtype=np.int32)).view(np.float32)
+    spans = np.concatenate(
+        [
+            spans.ravel() * np.float32(2.0**e)
+            for e in (-118, -80, -76, -75, -74, -70, -14, 0, 4, 100)
+        ]
+    )
+    got = np.asarray(jax.jit(lambda x: QUANTIZER._share(x, False))(spans))
+    assert np.array_equal(got, spans / np.float32(15))
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(0, 16, 256), (3, 0, 256), (3, 16, 0)])
