@@ -112,6 +112,8 @@ def back_and_forth(module, name, args, want, leaves, **options):
         ([0, 7, 40], {"H": 3, "V": 48, "constant": True}, 32, (16, 1, 2)),
         # no weights and states; rows that TMA cannot address, so that pointers load them
         ([0, 9, 40], {"Hq": 2, "weighted": False, "given": False}, 32, (32, 1, 1)),
+        # so many keys that states are multiplied from shared memory
+        ([0, 20, 37], {"H": 1, "K": 144}, 16, (32, 2, 1)),
     ],
 )
 def test_any_layout_is_the_recurrence(cu, given, chunk, config):

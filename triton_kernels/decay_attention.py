@@ -47,6 +47,7 @@ from .decay_attention_states import (
     check_tokens,
     constant_decay,
     decayed,
+    decayed_T,
     decays,
     entering_states,
     find_span,
@@ -93,18 +94,22 @@ def default_config(
     T: int, B: int, Hq: int, H: int, K: int, V: int, dtype: torch.dtype, which: str = "fwd"
 ) -> Config:
     """The Config for T tokens in B sequences; which: "fwd", "states" or "grads" (of a backward)."""
-    block_v, warps = min(64, _lib.power_of_2(V)), 8 if K > 128 else 4
+    warps = 8 if K > 128 else 4
     if which == "grads":
         # Heads that share q and k share one sum of their gradients: as many in a program as leave
         # four programs for each multiprocessor. Walks of two steps at least take fewer registers.
         splits = _lib.cdiv(4 * 132, (_lib.cdiv(T, 64) + B) * Hq)
         return Config(32 if V <= 64 else 64, 1, _lib.cdiv(H // Hq, splits), 2, warps)
+    block_v, stages = min(64, _lib.power_of_2(V)), 2
+    if which == "fwd" and K <= 128 and V > 64:  # q and k are read half as often, and further ahead
+        block_v, stages, warps = 128, 3, 8
     programs = B * H * _lib.cdiv(V, block_v)
     if which == "states":
         programs *= _lib.cdiv(K, 128)
     # A span more reads k and v once more: only where most multiprocessors would have no program.
-    spans = 1 if programs >= 120 else _lib.cdiv(4 * 132, programs)
-    return Config(block_v, min(spans, max(1, T // 512)), warps=warps)
+    # Two programs of 4 warps, or one of 8, are on a multiprocessor; two rounds of them.
+    spans = 1 if programs >= 120 else (4 if warps == 4 else 2) * 132 // programs
+    return Config(block_v, max(1, min(spans, T // 512)), 1, stages, warps)
 
 
 @triton.jit
@@ -140,13 +145,18 @@ def _decay_attention_fwd_kernel(
     S = tl.zeros((block_k, block_v), tl.float32)
     if enters_ptr is not None:
         S = tl.load(state_ptr(enters_ptr, p, h, H, k, v, K, V, transposed), exist, 0.0)
+    # Up to 128 keys all is transposed: the state is multiplied from registers, no product is made
+    # twice by eight warps. The copy of a larger one is in shared memory, for want of registers.
+    in_registers: tl.constexpr = block_k <= 128
+    if in_registers:
+        S = S.T
     s = tl.where(ends, s, -1)
     if D_ptr is not None and stride_Dv == 0:
         D = tl.load(D_ptr + h * stride_D)
     lane = tl.arange(0, chunk)
     if constant:  # the same in every chunk
-        g = constant_decay(b_ptr, h)
-        always = decayed(g * lane, lane)
+        g = constant_decay(b_ptr, h) * lane
+        always = decayed_T(g, lane) if in_registers else decayed(g, lane)
 
     # --- 2. main loop
     for t0 in tl.range(first, end, chunk, disable_licm=True):
@@ -157,18 +167,26 @@ def _decay_attention_fwd_kernel(
         b, b_n, u = decays(b_ptr, u_ptr, h, slot, slots, n, lane, constant)
 
         # (in this order, v as late as can be, all fits into registers)
-        p_tile = tl.dot(q, k_tile.T)  # [chunk, chunk]
-        if constant:
-            p_tile *= always
+        if in_registers:
+            p_tile = tl.dot(k_tile, q.T)  # [j, t]
+            p_tile *= always if constant else decayed_T(b, lane)
+            p_tile = (p_tile * (scale * u)[:, None]).to(q.dtype)
+            acc = tl.dot(S.to(q.dtype), q.T) * (scale * tl.exp2(b))[None, :]  # [block_v, t]
+            v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
+            acc = tl.dot(v_tile.T, p_tile, acc).T
+            a = tl.exp2(b_n - b) * u
+            v_weighted = (v_tile.T.to(tl.float32) * a[None, :]).to(v_tile.dtype)
+            S = tl.dot(v_weighted, k_tile, S * tl.exp2(b_n))
         else:
-            p_tile *= decayed(b, lane)
-        p_tile *= (scale * u)[None, :]
-        acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]  # [chunk, block_v]
-        v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
-        acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
-        a = tl.exp2(b_n - b) * u
-        v_weighted = (v_tile.to(tl.float32) * a[:, None]).to(v_tile.dtype)
-        S = tl.dot(k_tile.T, v_weighted, S * tl.exp2(b_n))
+            p_tile = tl.dot(q, k_tile.T)  # [t, j]
+            p_tile *= always if constant else decayed(b, lane)
+            p_tile *= (scale * u)[None, :]
+            acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]  # [t, block_v]
+            v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
+            acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
+            a = tl.exp2(b_n - b) * u
+            v_weighted = (v_tile.to(tl.float32) * a[:, None]).to(v_tile.dtype)
+            S = tl.dot(k_tile.T, v_weighted, S * tl.exp2(b_n))
         slot += 1
 
         # --- 3. epilogue
@@ -178,6 +196,8 @@ def _decay_attention_fwd_kernel(
             acc += D * v_tile.to(tl.float32)
         # --- 4. store
         store_tokens(y_all, acc, t0, end, h, v0, H, V, chunk, block_v, tma)
+    if in_registers:
+        S = S.T
     if s >= 0:
         tl.store(state_ptr(S_T_ptr, s, h, H, k, v, K, V, transposed), S, exist)
 
