@@ -32,6 +32,21 @@ from . import _lib
 
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK = 128
+# Enough for ptxas to issue all loads of a tile at once; 4 programs of 8 warps fit.
+REGISTERS = 64
+INTERPRETING = tl.constexpr(_lib.INTERPRETING)
+# Two x at once, by a factor each. float32 has bfloat16's bits, 16 to the left.
+TIMES_BF16 = tl.constexpr("""{ .reg .b32 low, high;
+    shl.b32 low, $2, 16;
+    and.b32 high, $2, 0xFFFF0000;
+    mul.rn.f32 $0, low, $3;
+    mul.rn.f32 $1, high, $4; }""")
+TIMES_F16 = tl.constexpr("""{ .reg .b16 first, second; .reg .f32 low, high;
+    mov.b32 {first, second}, $2;
+    cvt.f32.f16 low, first;
+    cvt.f32.f16 high, second;
+    mul.rn.f32 $0, low, $3;
+    mul.rn.f32 $1, high, $4; }""")
 
 
 @dataclass(frozen=True)
@@ -64,15 +79,49 @@ def default_config(M: int, K: int, dtype: torch.dtype, which: str = "rows") -> C
 
 
 @triton.jit
-def _magnitude(x):
-    """The bits of |x| in float32: whole numbers order them alike, infinity and then NaN on top."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _e4m3(x, interpreting: tl.constexpr):
+def _scale(top):
+    """max(top, 1e-4) / 448, correctly rounded, for a top of at most 11 bits.
+
+    1 / 448 is 585 / 2^18 and a 448th of 2^-12 (its bits repeat); the product with 585 is exact.
+    """
+    scale = top * (585 / 2**18) + top * (1 / (448 * 2**12))
+    return _larger(scale, 1e-4 / 448)
+
+
+@triton.jit
+def _reciprocal(scale):
+    """1 / scale, correctly rounded for every scale there is (a test goes through them)."""
+    if INTERPRETING:  # which neither runs PTX nor fuses products with sums
+        return tl.div_rn(1.0, scale)
+    # A unit off: a step of Newton's.
+    near = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [scale], dtype=tl.float32, is_pure=True, pack=1
+    )
+    inverse = tl.fma(tl.fma(-scale, near, 1.0), near, near)
+    return tl.where(scale == float("inf"), 0.0, inverse)
+
+
+@triton.jit
+def _times(x, factor):
+    """x * factor in float32."""
+    if INTERPRETING:
+        return x.to(tl.float32) * factor
+    # By hand: a compiler lifts x once, for the maximum too, and keeps twice the registers.
+    ptx: tl.constexpr = TIMES_BF16 if x.dtype == tl.bfloat16 else TIMES_F16
+    return tl.inline_asm_elementwise(
+        ptx, "=r,=r,r,r,r", [x, factor], dtype=tl.float32, is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def _e4m3(x):
     """x, float32 of at most 448, as e4m3 codes."""
-    if not interpreting:
+    if not INTERPRETING:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     # The interpreter's cast does not round to nearest: in whole numbers. Below 2^-6 the code is in
     # the low bits of a sum, above a carry of the rounded significand into the exponent is right.
@@ -92,24 +141,25 @@ def _fp8_quantize_kernel(
     scale_ptr,  # [SM, SK] float32, of any strides
     M, K, SM, SK, stride_xm, stride_sm, stride_sk, ue8m0: tl.constexpr,
     share_m: tl.constexpr, share_n: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    interpreting: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     num_n = tl.cdiv(K, block_n)
     mi, ni = tl.program_id(0) // num_n, tl.program_id(0) % num_n
     m = (mi * block_m + tl.arange(0, block_m)[:, None]).to(tl.int64)
     n = ni * block_n + tl.arange(0, block_n)[None, :]
+    if share_n == 1:  # 8 columns for each thread, not the 16 whose codes it could store at once
+        n = tl.max_contiguous(n, (1, 8))
     inside = (m < M) & (n < K)
 
     # --- 2. main loop
     x = tl.load(x_ptr + m * stride_xm + n, mask=inside, other=0.0, eviction_policy="evict_first")
     shape: tl.constexpr = (block_m // share_m, share_m, block_n // share_n, share_n)
     x = tl.reshape(x, shape)
-    top = tl.max(tl.max(_magnitude(x), 3), 1)  # [block_m / share_m, block_n / share_n]
+    top = tl.reduce(tl.abs(x.to(tl.float32)), 3, _larger)
+    top = tl.reduce(top, 1, _larger)  # [block_m / share_m, block_n / share_n]
 
     # --- 3. epilogue
-    top = tl.maximum(top, 0x38D1B717)  # the bits of 1e-4
-    scale = tl.div_rn(top.to(tl.float32, bitcast=True), 448.0)
+    scale = _scale(top)
     if ue8m0:
         bits = scale.to(tl.int32, bitcast=True)
         power = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -120,8 +170,8 @@ def _fp8_quantize_kernel(
     tl.store(scale_ptr + at, scale, mask=(sm < SM) & (sk < SK))
 
     # --- 4. store
-    scaled = x.to(tl.float32) * tl.div_rn(1.0, scale)[:, None, :, None]
-    code = tl.reshape(_e4m3(scaled, interpreting), (block_m, block_n))
+    scaled = _times(x, _reciprocal(scale)[:, None, :, None])
+    code = tl.reshape(_e4m3(scaled), (block_m, block_n))
     tl.store(q_ptr + m * K + n, code, mask=inside, eviction_policy="evict_first")
 
 
@@ -161,8 +211,8 @@ def _quantize(x: Tensor, which: str, ue8m0: bool, config: list[int] | None) -> l
             grid = _lib.cdiv(M, tiles.block_m) * _lib.cdiv(K, tiles.block_n)
             _fp8_quantize_kernel[(grid,)](
                 x, q, by_row, M, K, *by_row.shape, x.stride(0), *by_row.stride(), ue8m0,
-                *_SHARES[which], tiles.block_m, tiles.block_n, _lib.INTERPRETING,
-                num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
+                *_SHARES[which], tiles.block_m, tiles.block_n,
+                num_warps=tiles.warps, maxnreg=REGISTERS,
             )  # fmt: skip
     return [q.view(torch.float8_e4m3fn), scale]
 

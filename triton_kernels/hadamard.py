@@ -34,12 +34,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lib
-from .fp8_quantize import _e4m3, _magnitude
+from .fp8_quantize import _e4m3, _larger, _reciprocal, _times
+from .fp8_quantize import _scale as _e4m3_scale
 from .int8_quantize import _codes
 
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (64, 128, 256)
 FORMATS = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+INTERPRETING = tl.constexpr(_lib.INTERPRETING)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ def default_config(R: int, n: int, dtype: torch.dtype) -> Config:
     """The Config for R rows of n elements on a Hopper."""
     del R, dtype
     # 64 rows are what a warpgroup multiplies at once. The matrices take 8 to 32 KB, a tile as much:
-    # three tiles, and as many programs as fit.
-    return Config(64, 3, 4, {64: 4, 128: 3, 256: 1}[n])
+    # two tiles, three of the smallest, and as many programs as fit. 256 elements a row are too
+    # much for the registers of 4 warps.
+    stages, warps, programs = {64: (3, 4, 5), 128: (2, 4, 4), 256: (2, 8, 2)}[n]
+    return Config(64, stages, warps, programs)
 
 
 @triton.jit
@@ -84,13 +88,23 @@ def _butterflies(parts, half: tl.constexpr, count: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """float32 to dtype, ties to even; bfloat16 two at once, as one by one takes far longer."""
+    if INTERPRETING or dtype == tl.float16:
+        return x.to(dtype)
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@triton.jit
 def _hadamard_kernel(
     x_ptr,  # [R, n]
     signs_ptr,  # [n]
     y_ptr,  # [R, n]: y, or its codes
     scale_ptr,  # [R] float32, or None
     R, factor, n: tl.constexpr, inverse: tl.constexpr, fmt: tl.constexpr,
-    block_m: tl.constexpr, stages: tl.constexpr, interpreting: tl.constexpr,
+    block_m: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     parts: tl.constexpr = n // 64
@@ -131,18 +145,19 @@ def _hadamard_kernel(
             acc = _butterflies(acc, 2, parts)
         y = ()
         for p in tl.static_range(parts):
-            y = y + ((acc[p] * factors[p]).to(dtype),)  # noqa: RUF005
+            y = y + (_rounded(acc[p] * factors[p], dtype),)  # noqa: RUF005
         if fmt != "":
-            top = tl.max(_magnitude(y[0]), 1)  # [block_m]
+            # Rounding keeps the order: the largest is found before it, and rounded then.
+            largest = tl.abs(acc[0] * factors[0])
             for p in tl.static_range(1, parts):
-                top = tl.maximum(top, tl.max(_magnitude(y[p]), 1))
+                largest = _larger(largest, tl.abs(acc[p] * factors[p]))
+            top = tl.reduce(largest, 1, _larger).to(dtype).to(tl.float32)  # [block_m]
             if fmt == "int8":
-                scale = tl.div_rn(top.to(tl.float32, bitcast=True), 127.0)
+                scale = tl.div_rn(top, 127.0)
                 scale = tl.where(scale == 0.0, 1.0, scale)
             else:
-                top = tl.maximum(top, 0x38D1B717)  # the bits of 1e-4
-                scale = tl.div_rn(top.to(tl.float32, bitcast=True), 448.0)
-                inverse_scale = tl.div_rn(1.0, scale)[:, None]
+                scale = _e4m3_scale(top)
+                inverse_scale = _reciprocal(scale)[:, None]
             tl.store(scale_ptr + m, scale, mask=m < R)
 
         # --- 4. store
@@ -150,7 +165,7 @@ def _hadamard_kernel(
             if fmt == "int8":
                 out = _codes(y[p], scale[:, None])
             elif fmt == "e4m3":
-                out = _e4m3(y[p].to(tl.float32) * inverse_scale, interpreting)
+                out = _e4m3(_times(y[p], inverse_scale))
             else:
                 out = y[p]
             tl.store(y_ptr + at + p * 64, out, mask=inside)
@@ -174,10 +189,12 @@ def _rotated(
         with _lib.on_device(x):
             _lib.check_gpu()
             tiles = Config(*config) if config else default_config(R, n, x.dtype)
+            # As many as let the programs of a multiprocessor run side by side.
+            registers = max(64, 65536 // (32 * tiles.warps * tiles.programs) // 8 * 8)
             programs = min(_lib.cdiv(R, tiles.block_m), tiles.programs * _lib.num_sms())
             _hadamard_kernel[(programs,)](
                 x, signs, y, scale, R, n**-0.5, n, inverse, fmt,
-                tiles.block_m, tiles.stages, _lib.INTERPRETING, num_warps=tiles.warps,
+                tiles.block_m, tiles.stages, num_warps=tiles.warps, maxnreg=min(255, registers),
             )  # fmt: skip
     if scale is None:
         return [y]

@@ -4,14 +4,15 @@
     q[m, k] = clip(rint(x[m, k] / scale[m, g]), -127, 127)                ties to even
 
     groups are short rows: x [M, K] is looked at as [M * K / group, group]
-    for each tile of rows:
-        walk over the row: top = max |x|; scale = top / 127
-        x is still in registers (a row longer than a tile: walk again, from L1): codes
+    for each block of rows, in tiles of block_n columns:
+        top = max |x|, in all tiles; scale = top / 127
+        x is still in registers (more than 8 tiles are not: walk again, from L1): codes
 
 Both quotients are those of float32, correctly rounded, though no element is divided: it is
 multiplied by 1 / scale as the sum of two float32, the first of 12 bits. Its product with the 11
 bits of x is exact, and the sum comes within 2^-34 of the quotient, whether or not a compiler fuses
 it; next to a tie nothing else lies within 2^-19. A test goes through all mantissas of both types.
+No quotient of x from these types rounds to more than 127: nothing is left to clip.
 
 Limits: from Ampere up; bfloat16 and float16.
 
@@ -31,6 +32,26 @@ from torch import Tensor
 from . import _lib
 
 DTYPES = (torch.bfloat16, torch.float16)
+# Enough for ptxas to issue all loads of a row at once; 4 programs of 8 warps fit.
+REGISTERS = 64
+KEPT = 8  # tiles of a row that stay in registers
+INTERPRETING = tl.constexpr(_lib.INTERPRETING)
+SCALED_F16 = tl.constexpr("""{ .reg .b32 pair; .reg .b16 first, second; .reg .f32 low, high;
+    and.b32 pair, $2, $5;
+    mov.b32 {first, second}, pair;
+    cvt.f32.f16 low, first;
+    cvt.f32.f16 high, second;
+    mul.rn.f32 $0, low, $3;
+    mul.rn.f32 $1, high, $4; }""")
+SCALED_BF16 = tl.constexpr("""{ .reg .b32 pair, zero;
+    mov.b32 zero, 0x80008000;
+    fma.rn.bf16x2 pair, $2, $3, zero;
+    mul.lo.u32 $0, pair, $4;
+    and.b32 $1, pair, $7; }""")
+LOW_BYTES = tl.constexpr("""{ .reg .b32 low, high;
+    prmt.b32 low, $1, $2, 0x0040;
+    prmt.b32 high, $3, $4, 0x0040;
+    prmt.b32 $0, low, high, 0x5410; }""")
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class Config:
     """Tile sizes and resources of the kernel; the result does not depend on them.
 
     block_m: rows (or groups) of a tile.
-    block_n: columns of a tile; a longer row is walked over twice.
+    block_n: columns of a tile; a row of more than 8 tiles is walked over twice.
     warps: warps of a program.
     """
 
@@ -56,17 +77,22 @@ class Config:
 def default_config(R: int, N: int, dtype: torch.dtype) -> Config:
     """The Config for R rows (or groups) of N columns on a Hopper."""
     del R
-    # A row is one tile of up to 64 KB: 64 bytes of it for each thread, four loads of 16 bytes in
-    # flight. Short rows share a tile of 16 KB.
-    block_n = min(max(16, _lib.power_of_2(N)), 65536 // dtype.itemsize)
-    block_m = max(1, 16384 // dtype.itemsize // block_n)
-    return Config(block_m, block_n, min(16, max(1, block_m * block_n * dtype.itemsize // 2048)))
+    # A row is up to 8 tiles of 8 elements for each thread, loads of 16 bytes that are in flight
+    # together; a tile as long as the row would be a power of two, and 14336 is none. Short rows
+    # share a tile of 16 KB.
+    block_n = min(max(16, _lib.power_of_2(N)), 2048 if N <= KEPT * 2048 else 4096)
+    block_m = max(1, 8192 // block_n) if N <= 2048 else 1
+    return Config(block_m, block_n, 16 if block_n == 4096 else 8)
 
 
 @triton.jit
 def _magnitude(x):
-    """The bits of |x| in float32: whole numbers order them alike, infinity and then NaN on top."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.abs(x.to(tl.float32))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -76,22 +102,56 @@ def _leading_bits(x):
 
 
 @triton.jit
+def _scaled(x, power, known):
+    """x * power as float32, and 0 where not known; PTX takes two x at once."""
+    if INTERPRETING:
+        scaled = tl.where(known, x.to(tl.float32) * power, 0.0)
+    elif x.dtype == tl.float16:
+        keep = tl.where(known, -1, 0).to(tl.int16)
+        scaled = tl.inline_asm_elementwise(
+            SCALED_F16, "=r,=r,r,r,r,r", [x, power, keep], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        # By a power of two bfloat16 is exact, or so small that its code is 0. float32 has the same
+        # bits, 16 to the left; a factor or a mask of 0 instead makes 0 of what is not known.
+        factor, mask = tl.where(known, 1 << 16, 0), tl.where(known, -1 << 16, 0)
+        scaled = tl.inline_asm_elementwise(
+            SCALED_BF16,
+            "=r,=r,r,r,r,r,r,r",
+            [x, power.to(tl.bfloat16), factor, mask],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return scaled
+
+
+@triton.jit
+def _low_bytes(x):
+    """The low 8 bits of int32."""
+    if INTERPRETING:
+        return x.to(tl.int8)
+    return tl.inline_asm_elementwise(
+        LOW_BYTES, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+    )
+
+
+@triton.jit
 def _codes(x, scale):
     """The codes of x [block_m, block_n] for scale [block_m, 1]."""
+    known = (scale.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000  # not infinite, not NaN
+    scale = tl.where(known, scale, 1.0)
     bits = scale.to(tl.int32, bitcast=True)
-    known = (bits & 0x7F800000) != 0x7F800000  # neither infinite nor NaN
     # By a power of two, so that neither reciprocals nor their rests leave float32's range.
     power = ((254 << 23) - (bits & 0x7F800000)).to(tl.float32, bitcast=True)
     divisor = scale * power
     reciprocal = _leading_bits(1.0 / divisor)
     first = _leading_bits(divisor)
     rest = 1.0 - reciprocal * first - reciprocal * (divisor - first)  # all of it exact
-    scaled = x.to(tl.float32) * power
+    scaled = _scaled(x, power, known)
     quotient = scaled * reciprocal + scaled * (rest / divisor)
-    quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
     # Adding 1.5 * 2^23 rounds to a whole number, which the low bits hold in two's complement.
-    code = (quotient + 12582912.0).to(tl.int32, bitcast=True)
-    return tl.where(known, code, 0).to(tl.int8)
+    return _low_bytes((quotient + 12582912.0).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -99,7 +159,7 @@ def _int8_quantize_kernel(
     x_ptr,  # [R, N]
     q_ptr,  # [R, N] int8
     scale_ptr,  # [R] float32
-    R, N, stride_xr, block_m: tl.constexpr, block_n: tl.constexpr, whole: tl.constexpr,
+    R, N, stride_xr, block_m: tl.constexpr, block_n: tl.constexpr, kept: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     m = (tl.program_id(0) * block_m + tl.arange(0, block_m)).to(tl.int64)
@@ -107,27 +167,36 @@ def _int8_quantize_kernel(
     x_rows, q_rows = x_ptr + rows * stride_xr, q_ptr + rows * N
 
     # --- 2. main loop
-    if whole:
-        inside = (rows < R) & (n < N)
-        x = tl.load(x_rows + n, mask=inside, other=0.0, eviction_policy="evict_first")
-        largest = _magnitude(x)  # [block_m, block_n]
+    parts = ()
+    if kept:
+        for i in tl.static_range(kept):
+            inside = (rows < R) & (i * block_n + n < N)
+            x = tl.load(
+                x_rows + i * block_n + n, mask=inside, other=0.0, eviction_policy="evict_first"
+            )
+            parts = parts + (x,)  # noqa: RUF005
+        largest = _magnitude(parts[0])
+        for i in tl.static_range(1, kept):
+            largest = _larger(largest, _magnitude(parts[i]))
     else:
-        largest = tl.zeros((block_m, block_n), tl.int32)
+        largest = tl.zeros((block_m, block_n), tl.float32)
         for n0 in tl.range(0, N, block_n):
             inside = (rows < R) & (n0 + n < N)
             x = tl.load(x_rows + n0 + n, mask=inside, other=0.0, eviction_policy="evict_last")
-            largest = tl.maximum(largest, _magnitude(x))
+            largest = _larger(largest, _magnitude(x))
 
     # --- 3. epilogue
-    scale = tl.div_rn(tl.max(largest, 1).to(tl.float32, bitcast=True), 127.0)  # [block_m]
+    scale = tl.div_rn(tl.reduce(largest, 1, _larger), 127.0)  # [block_m]
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scale_ptr + m, scale, mask=m < R)
 
     # --- 4. store
     scale = scale[:, None]
-    if whole:
-        inside = (rows < R) & (n < N)
-        tl.store(q_rows + n, _codes(x, scale), mask=inside, eviction_policy="evict_first")
+    if kept:
+        for i in tl.static_range(kept):
+            inside = (rows < R) & (i * block_n + n < N)
+            q = _codes(parts[i], scale)
+            tl.store(q_rows + i * block_n + n, q, mask=inside, eviction_policy="evict_first")
     else:
         for n0 in tl.range(0, N, block_n):
             inside = (rows < R) & (n0 + n < N)
@@ -151,9 +220,11 @@ def _quantize(x: Tensor, group: int | None, config: list[int] | None) -> list[Te
     with _lib.on_device(x):
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(R, N, x.dtype)
+        parts = _lib.cdiv(N, tiles.block_n)
         _int8_quantize_kernel[(_lib.cdiv(R, tiles.block_m),)](
-            x, q, scale, R, N, x.stride(0), tiles.block_m, tiles.block_n, N <= tiles.block_n,
-            num_warps=tiles.warps, maxnreg=_lib.registers(tiles.warps),
+            x, q, scale, R, N, x.stride(0), tiles.block_m, tiles.block_n,
+            parts if parts <= KEPT else 0,
+            num_warps=tiles.warps, maxnreg=REGISTERS,
         )  # fmt: skip
     return [q, scale]
 
