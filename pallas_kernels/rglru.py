@@ -14,7 +14,7 @@
         dx, dr_pre, di_pre; sums of r * dlog a, for dlam, in registers
     each block's sums to a workspace [chunks, 4, W]; a second kernel adds those in a fixed order
 
-m comes from 1 - exp(-y) for y = -2 log a, by its series where y is small: 1 - a^2 would cancel.
+m^2 is a polynomial of log a where a is near 1: there 1 - a^2 would cancel.
 
 Limits: Hopper; bfloat16, float16, float32; lam, states and dlam in float32. Rows that do not start
 at multiples of 16 bytes are padded, in XLA.
@@ -83,34 +83,40 @@ def _sigmoid(x: Any) -> Any:
     return s * s
 
 
-def _rate(lam: Any, factor: float) -> Any:
-    """factor * softplus(lam), as precise for lam far below 0, where models have it. [block_c]"""
+def _power(lam: Any, factor: float) -> Any:
+    """log2(a) / r = -factor * softplus(lam) / ln 2, as precise for lam far below 0, where models
+    have it. [block_c]"""
     z = jnp.exp(-jnp.abs(lam))
     w = z / (2.0 + z)  # log(1 + z) = 2 atanh(w)
     w2 = w * w
     series = 1.0 / 9 + w2 * (1.0 / 11 + w2 * (1.0 / 13 + w2 * (1.0 / 15)))
     series = 1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * series)))
-    return factor * (jnp.maximum(lam, 0.0) + 2.0 * w * series)
+    return -1.4426950408889634 * factor * (jnp.maximum(lam, 0.0) + 2.0 * w * series)
 
 
-def _decay(r_pre: Any, rate: Any, fresh: Any) -> tuple[Any, Any, Any]:
-    """(r, a, 1 - a^2); fresh: where the token enters as it is, or None."""
+def _decay(r_pre: Any, power: Any, inside: Any, fresh: Any) -> tuple[Any, Any, Any]:
+    """(r, a, 1 - a^2); fresh: where the token enters as it is, or None. A token that is not inside:
+    a = 1."""
     r = _sigmoid(r_pre)
-    y = 2.0 * rate * r
-    a = jnp.exp2(y * -0.7213475204444817)  # exp(-y / 2)
-    series = 1.0 / 6 + y * (-1.0 / 24 + y * (1.0 / 120 - y * (1.0 / 720)))
-    series = y * (1.0 + y * (-0.5 + y * series))
-    square = jnp.where(y < 0.25, series, 1.0 - a * a)
-    if fresh is None:
-        return r, a, square
-    return r, jnp.where(fresh, 0.0, a), jnp.where(fresh, 1.0, square)
+    log2_a = power * r
+    if fresh is not None:
+        log2_a = jnp.where(fresh, -jnp.inf, log2_a)
+    log2_a = jnp.where(inside, log2_a, 0.0)
+    a = jnp.exp2(log2_a)
+    # of 1 - 2^(2 x) for small x: the polynomial of degree 4 with the least relative error, 3e-7
+    near = -0.9608487 + log2_a * (-0.4424275 + log2_a * -0.1393648)
+    near = log2_a * (-1.386294 + log2_a * near)
+    return r, a, jnp.where(log2_a > -0.18, near, 1.0 - a * a)
 
 
-def _map(x: Any, r_pre: Any, i_pre: Any, rate: Any, fresh: Any) -> tuple[Any, Any]:
+def _map(x: Any, r_pre: Any, i_pre: Any, power: Any, inside: Any, fresh: Any) -> tuple[Any, Any]:
     """a and b of a row."""
-    _, a, square = _decay(r_pre, rate, fresh)
-    m = square * lax.rsqrt(jnp.maximum(square, 1e-37))
-    return a, m * _sigmoid(i_pre) * x
+    _, a, square = _decay(r_pre, power, inside, fresh)
+    # m * i = sqrt(square) / (1 + e) with one root; the bound keeps 0 * inf away, and the absolute
+    # value shows the compiler that no root is of a subnormal number, which it would scale
+    e = jnp.exp2(jnp.minimum(i_pre * -1.4426950408889634, 60.0))
+    m_i = square * lax.rsqrt(jnp.abs(square * (1.0 + e) * (1.0 + e)) + 1e-37)
+    return a, jnp.where(inside, m_i * x, 0.0)
 
 
 def _rglru_carry_kernel(
@@ -144,7 +150,7 @@ def _rglru_carry_kernel(
     state = zero
     if given:
         state = jnp.where(starts, load_channels(state_gmem[0].at[s, channel], layout), zero)
-    rate = spread(_rate(load_channels(lam_gmem.at[channel], layout), c), layout)
+    power = spread(_power(load_channels(lam_gmem.at[channel], layout), c), layout)
     part = plgpu.broadcasted_iota(jnp.int32, (PARTS, config.block_c), 0, layout=layout)
 
     # --- 2. main loop
@@ -159,13 +165,11 @@ def _rglru_carry_kernel(
             first, r_pre, *i_pre = (load_row(x, slot, r, layout) for x in smem)
             enters = t == begin if fresh else None
             if reverse:
-                _, a, _ = _decay(r_pre, rate, enters)
-                a = jnp.where(inside, a, 1.0)
+                _, a, _ = _decay(r_pre, power, inside, enters)
                 b_part = a * (b_part + jnp.where(inside, first, 0.0))
             else:
-                a, b = _map(first, r_pre, *i_pre, rate, enters)
-                a = jnp.where(inside, a, 1.0)
-                b_part = a * b_part + jnp.where(inside, b, 0.0)
+                a, b = _map(first, r_pre, *i_pre, power, inside, enters)
+                b_part = a * b_part + b
             a_part = a_part * a
         turn = lax.rem(q, 2)
         _, state, a_all = across(maps_smem, turn, a_part, b_part, state, layout, reverse)
@@ -212,7 +216,7 @@ def _rglru_fwd_kernel(
     s = first_sequence(cu_gmem, first, B, False)
     begin, stop = cu_gmem[s], cu_gmem[s + 1]
     h = carried(carry_gmem, channel, initial(s), begin, stop, ci, chunk, layout, False)
-    rate = spread(_rate(load_channels(lam_gmem.at[channel], layout), c), layout)
+    power = spread(_power(load_channels(lam_gmem.at[channel], layout), c), layout)
     part = plgpu.broadcasted_iota(jnp.int32, (PARTS, config.block_c), 0, layout=layout)
 
     # --- 2. main loop
@@ -233,11 +237,12 @@ def _rglru_fwd_kernel(
                 t = t0 + part * rows + r
                 inside = (t >= begin) & (t < stop)
                 enters = None if given else t == begin
-                a_row, b_row = _map(read(x_smem, r), read(r_smem, r), read(i_smem, r), rate, enters)
+                x, r_pre, i_pre = (read(smem, r) for smem in (x_smem, r_smem, i_smem))
+                a_row, b_row = _map(x, r_pre, i_pre, power, inside, enters)
                 within.append(inside)
-                a.append(jnp.where(inside, a_row, 1.0))
-                b.append(jnp.where(inside, b_row, 0.0))
-                a_part, b_part = a_part * a[r], a[r] * b_part + b[r]
+                a.append(a_row)
+                b.append(b_row)
+                a_part, b_part = a_part * a_row, a_row * b_part + b_row
             # --- 3. epilogue
             h_row, h, _ = across(maps_smem, turn, a_part, b_part, h, layout, False)
             # --- 4. store
@@ -302,7 +307,8 @@ def _rglru_bwd_kernel(
     s = first_sequence(cu_gmem, end, B, True)
     begin, stop = cu_gmem[s], cu_gmem[s + 1]
     v = carried(carry_gmem, channel, initial(dh_T_gmem, s), begin, stop, ci, chunk, layout, True)
-    rate = spread(_rate(load_channels(lam_gmem.at[channel], layout), c), layout)
+    power = spread(_power(load_channels(lam_gmem.at[channel], layout), c), layout)
+    slope = power * 0.6931471805599453
     part = plgpu.broadcasted_iota(jnp.int32, (PARTS, config.block_c), 0, layout=layout)
 
     # --- 2. main loop
@@ -322,8 +328,8 @@ def _rglru_bwd_kernel(
                 t = t0 + part * rows + row
                 within[row] = (t >= begin) & (t < jnp.minimum(stop, end))
                 enters = None if given else t == begin
-                r[row], a_row, square[row] = _decay(read(r_smem, row), rate, enters)
-                a[row] = jnp.where(within[row], a_row, 1.0)
+                r_pre = read(r_smem, row)
+                r[row], a[row], square[row] = _decay(r_pre, power, within[row], enters)
                 dh = jnp.where(within[row], read(dh_smem, row), 0.0)
                 a_part, b_part = a_part * a[row], a[row] * (b_part + dh)
             # --- 3. epilogue
@@ -335,18 +341,21 @@ def _rglru_bwd_kernel(
                 i, x = _sigmoid(read(i_smem, row)), read(x_smem, row)
                 u = v_row + jnp.where(inside, read(dh_smem, row), 0.0)
                 v_row = a[row] * u
-                root = lax.rsqrt(jnp.maximum(square[row], 1e-37))
-                m_i = square[row] * root * i
-                da = u * jnp.where(starts, h_start, read(h_smem, row))
-                dlog_a = a[row] * (da - u * i * x * a[row] * jnp.minimum(root, 2000.0))
+                root = lax.rsqrt(jnp.abs(square[row]) + 1e-37)  # as in _map
+                m, di = square[row] * root, u * i
+                dx = di * m
+                di = di * x
+                h = jnp.where(starts, h_start, read(h_smem, row))
+                dlog_a = v_row * h - di * a[row] * a[row] * jnp.minimum(root, 2000.0)
                 if not given:
                     dlog_a = jnp.where(starts, 0.0, dlog_a)
                 dlog_a = dlog_a * r[row]
                 sums = sums + jnp.where(inside, dlog_a, 0.0)
+                di = di * m
                 for out_smem, grad in (
-                    (x_smem, u * m_i),
-                    (r_smem, -rate * dlog_a * (1.0 - r[row])),
-                    (i_smem, u * m_i * x * (1.0 - i)),
+                    (x_smem, dx),
+                    (r_smem, dlog_a * (slope - slope * r[row])),
+                    (i_smem, di - di * i),
                 ):
                     kept = jnp.where(inside, grad, read(out_smem, row))
                     out_smem[slot, :, row] = kept.astype(out_smem.dtype)
@@ -403,10 +412,10 @@ def _rglru_step_kernel(*refs: Any, c: float, given: bool) -> None:
         plgpu.load(ref.at[at], layout=layout).astype(jnp.float32)
         for ref in (x_gmem, r_gmem, i_gmem)
     )
-    rate = _rate(plgpu.load(lam_gmem.at[channel], layout=layout), c)
+    power = _power(plgpu.load(lam_gmem.at[channel], layout=layout), c)
     # --- 3. epilogue
     if given:
-        a, h = _map(x, r_pre, i_pre, rate, None)
+        a, h = _map(x, r_pre, i_pre, power, True, None)
         h = a * plgpu.load(h0_gmem[0].at[at], layout=layout) + h
     else:
         h = _sigmoid(i_pre) * x

@@ -23,6 +23,7 @@ SCAN, RGLRU = (
 DEVICE = "cpu" if _lib.INTERPRETING else "cuda"
 HALF, FLOAT = torch.float16, torch.float32
 TILES = (8, 32, 1, 1, 1)  # two parts of four steps
+ALONE = (4, 64, 1, 1, 1)  # one part
 PACKED = [0, 0, 1, 3, 8, 19, 19, 27, 27, 27]  # in one tile, across tiles and chunks, empty
 
 
@@ -86,8 +87,11 @@ def config_of(function, *tiles):
 
 
 @pytest.mark.parametrize("name", ["linear_scan", "rglru"])
-@pytest.mark.parametrize(("cu", "given", "chunks"), [(PACKED, True, 3), ([0, 2, 29], False, 1)])
-def test_any_layout_in_any_chunks_is_the_recurrence(name, cu, given, chunks):
+@pytest.mark.parametrize(
+    ("cu", "given", "tiles", "chunks"),
+    [(PACKED, True, TILES, 3), ([0, 2, 29], False, TILES, 1), ([0, 2, 29], False, ALONE, 3)],
+)
+def test_any_layout_in_any_chunks_is_the_recurrence(name, cu, given, tiles, chunks):
     f, args = arguments(name, cu, given=given)
     leaves = lifted(args)
     want = exact(leaves)
@@ -95,7 +99,7 @@ def test_any_layout_in_any_chunks_is_the_recurrence(name, cu, given, chunks):
     wanted = [x for x in leaves if x is not None and x.is_floating_point()]
     grads = torch.autograd.grad(want, wanted, (dh.double(), dh_T.double()), allow_unused=True)
     module = SCAN if name == "linear_scan" else RGLRU
-    config = config_of(f, *TILES[:2], chunks, *TILES[3:])
+    config = config_of(f, *tiles[:2], chunks, *tiles[3:])
     got, res = getattr(module, f"{name}_fwd")(*args, config=config)
     back = getattr(module, f"{name}_bwd")(res, dh, dh_T, config=config)
     for g, w in zip((*got, *back), (*want, *grads), strict=True):
@@ -157,7 +161,7 @@ BAD = [
     (lambda: gated(c="8"), TypeError, "c: expected a Python float or int"),
     (lambda: gated(config=SCAN.Config()), TypeError, r"config: expected triton_kernels\.rglru"),
     (lambda: SCAN.Config(block_t=12), ValueError, "block_t: expected a power of two"),
-    (lambda: SCAN.Config(block_c=256), ValueError, "block_c: expected at most 128"),
+    (lambda: SCAN.Config(block_c=512), ValueError, "block_c: expected at most 256"),
     (lambda: SCAN.Config(chunks=0), ValueError, "chunks: expected at least 1"),
     (lambda: SCAN.linear_scan_check(ints(0, 4, 3), T=4), ValueError, r"got 3 after 4 \(sequence 1"),
     (lambda: SCAN.linear_scan_check(ints(0, 4), T=6), ValueError, "to end with T = 6, got 4"),

@@ -46,6 +46,7 @@ from .linear_scan_walk import (
     initial,
     launch_sizes,
     load_rows,
+    multiply,
     row_ptr,
     state_row,
     step_of,
@@ -61,6 +62,7 @@ class Config:
     """Tile sizes and resources of the kernels; beyond the last bits the result ignores them.
 
     block_t: steps of a tile, in 64 * warps / block_c parts: a thread takes two channels of a part.
+        A single part is scanned row by row alone, and needs no maps.
     block_c: channels of a program.
     chunks: how many chunks time is cut into, each a program's; 1 reads a and b just once.
     warps: warps of a program.
@@ -74,12 +76,12 @@ class Config:
     programs: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("block_c", 16), ("block_t", 2 * self.parts)):
+        for name, least in (("block_c", 16), ("block_t", max(2, 2 * self.parts))):
             size = getattr(self, name)
             if size < least or size & (size - 1):
                 raise ValueError(f"{name}: expected a power of two >= {least}, got {size}")
-        if self.parts < 2:
-            raise ValueError(f"block_c: expected at most {32 * self.warps}, got {self.block_c}")
+        if self.parts < 1:
+            raise ValueError(f"block_c: expected at most {64 * self.warps}, got {self.block_c}")
         if self.chunks < 1:
             raise ValueError(f"chunks: expected at least 1, got {self.chunks}")
 
@@ -132,13 +134,16 @@ def _linear_scan_carry_kernel(
     begin = bound(cu_ptr, s, T, B, reverse)
     if (end < T) & (begin < end):  # a sequence goes on in the next chunk
         first = tl.maximum(begin, ci * chunk)
-        a_all = tl.full((block_c,), 1.0, tl.float32)
+        a_all = tl.full((parts, block_c), 1.0, tl.float32)
         h = initial(h0_ptr, s, c, W, B, reverse)
         h = tl.where(begin >= ci * chunk, h, 0.0)
         # --- 2. main loop
-        for k0 in tl.range(first, end, block_t):
-            a_tile = load_rows(a_ptr, stride_a, k0, end, c, W, T, parts, rows, reverse)
-            b_tile = load_rows(b_ptr, stride_b, k0, end, c, W, T, parts, rows, reverse)
+        a_tile = load_rows(a_ptr, stride_a, first, end, c, W, T, parts, rows, reverse)
+        b_tile = load_rows(b_ptr, stride_b, first, end, c, W, T, parts, rows, reverse)
+        for k0 in tl.range(first, end, block_t, disable_licm=True):
+            k1 = k0 + block_t
+            a_next = load_rows(a_ptr, stride_a, k1, end, c, W, T, parts, rows, reverse)
+            b_next = load_rows(b_ptr, stride_b, k1, end, c, W, T, parts, rows, reverse)
             a_part = tl.full((parts, block_c), 1.0, tl.float32)
             b_part = tl.zeros((parts, block_c), tl.float32)
             for r in tl.static_range(rows):
@@ -151,11 +156,12 @@ def _linear_scan_carry_kernel(
                     b_part = a * b_part + b
                 a_part *= a
             _, h = across(a_part, b_part, h)
-            _, a_all = across(a_part, tl.zeros((parts, block_c), tl.float32), a_all)
+            a_all *= a_part
+            a_tile, b_tile = a_next, b_next
         # --- 3. epilogue
         carry = carry_ptr + 2 * ci.to(tl.int64) * W + c
         # --- 4. store
-        tl.store(carry, a_all, c < W)
+        tl.store(carry, tl.reduce(a_all, 0, multiply), c < W)
         tl.store(carry + W, h, c < W)
 
 
@@ -218,6 +224,8 @@ def _linear_scan_fwd_kernel(
             tl.store(
                 row_ptr(h_ptr, W, k0, r, c, T, parts, rows, False), h_tile, existing(inside, c, W)
             )
+        if parts == 1:
+            h = tl.sum(h_row, 0)
         if done:
             tl.store(state_row(h_T_ptr, s, c, W, B, False), h, c < W)
             s += 1
@@ -293,6 +301,8 @@ def _linear_scan_bwd_kernel(
             da = da.to(da_ptr.dtype.element_ty)
             tl.store(row_ptr(da_ptr, W, k0, r, c, T, parts, rows, True), da, exist)
             tl.store(row_ptr(db_ptr, W, k0, r, c, T, parts, rows, True), u.to(da.dtype), exist)
+        if parts == 1:
+            v = tl.sum(v_row, 0)
         if done:
             tl.store(state_row(dh0_ptr, s, c, W, B, True), v, c < W)
             s += 1

@@ -58,6 +58,12 @@ def compose(a1, b1, c1, d1, a2, b2, c2, d2):
 
 
 @triton.jit
+def multiply(a, b):
+    """For tl.reduce."""
+    return a * b
+
+
+@triton.jit
 def bound(cu_ptr, s, T, B, reverse: tl.constexpr):
     """The step at which the sequence with number s begins, or the last one ends."""
     s = tl.minimum(s, B)  # a wrong cu_seqlens has chunks behind its last sequence
@@ -166,6 +172,8 @@ def load_rows(
 @triton.jit
 def across(a, b, h):
     """From the maps of the parts [parts, block_c]: the state before each, and after the last."""
+    if a.shape[0] == 1:
+        return h[None, :], tl.sum(a * h[None, :] + b, 0)
     part = tl.arange(0, a.shape[0])[:, None]
     b = tl.where(part == 0, a * h[None, :] + b, b)
     # (a scan that excludes would take a gather, for which Triton moves every row to other lanes)

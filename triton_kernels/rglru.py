@@ -14,7 +14,7 @@
         dx, dr_pre, di_pre; sums of r * dlog a, for dlam, in registers
     each program's sums to a workspace [chunks, W]; a second kernel adds those in a fixed order
 
-m comes from 1 - exp(-y) for y = -2 log a, by its series where y is small: 1 - a^2 would cancel.
+m^2 is a polynomial of log a where a is near 1: there 1 - a^2 would cancel.
 
 Limits: from Ampere up; bfloat16, float16, float32; lam, states and dlam in float32.
 
@@ -45,6 +45,7 @@ from .linear_scan_walk import (
     initial,
     launch_sizes,
     load_rows,
+    multiply,
     row_ptr,
     state_row,
     step_of,
@@ -76,35 +77,39 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _rate(lam_ptr, c, W, factor):
-    """factor * softplus(lam), as precise for lam far below 0, where models have it. [block_c]"""
+def _power(lam_ptr, c, W, factor):
+    """log2(a) / r = -factor * softplus(lam) / ln 2, as precise for lam far below 0, where models
+    have it. [block_c]"""
     lam = tl.load(lam_ptr + c, c < W, 0.0)
     z = tl.exp(-tl.abs(lam))
     w = z / (2.0 + z)  # log(1 + z) = 2 atanh(w)
     w2 = w * w
     series = 1.0 / 9 + w2 * (1.0 / 11 + w2 * (1.0 / 13 + w2 * (1.0 / 15)))
     series = 1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * series)))
-    return factor * (tl.maximum(lam, 0.0) + 2.0 * w * series)
+    return -1.4426950408889634 * factor * (tl.maximum(lam, 0.0) + 2.0 * w * series)
 
 
 @triton.jit
-def _decay(r_pre, rate, fresh):
-    """(r, a, 1 - a^2); fresh: the token enters as it is."""
+def _decay(r_pre, power, inside, fresh):
+    """(r, a, 1 - a^2); fresh: the token enters as it is. A token that is not inside: a = 1."""
     r = _sigmoid(r_pre.to(tl.float32))
-    y = 2.0 * rate[None, :] * r
-    a = tl.exp2(y * -0.7213475204444817)  # exp(-y / 2)
-    series = 1.0 / 6 + y * (-1.0 / 24 + y * (1.0 / 120 - y * (1.0 / 720)))
-    series = y * (1.0 + y * (-0.5 + y * series))
-    square = tl.where(y < 0.25, series, 1.0 - a * a)
-    return r, tl.where(fresh, 0.0, a), tl.where(fresh, 1.0, square)
+    log2_a = tl.where(inside & fresh, float("-inf"), 0.0)
+    log2_a = tl.where(inside & (fresh == 0), power[None, :] * r, log2_a)
+    a = tl.exp2(log2_a)
+    # of 1 - 2^(2 x) for small x: the polynomial of degree 4 with the least relative error, 3e-7
+    near = -0.9608487 + log2_a * (-0.4424275 + log2_a * -0.1393648)
+    near = log2_a * (-1.386294 + log2_a * near)
+    return r, a, tl.where(log2_a > -0.18, near, 1.0 - a * a)
 
 
 @triton.jit
-def _map(x, r_pre, i_pre, rate, fresh):
+def _map(x, r_pre, i_pre, power, inside, fresh):
     """a and b of a row."""
-    _, a, square = _decay(r_pre, rate, fresh)
-    m = square * tl.rsqrt(tl.maximum(square, 1e-37))
-    return a, m * _sigmoid(i_pre.to(tl.float32)) * x.to(tl.float32)
+    _, a, square = _decay(r_pre, power, inside, fresh)
+    # m * i = sqrt(square) / (1 + e) with one root; the bound keeps 0 * inf away
+    e = tl.exp2(tl.minimum(i_pre.to(tl.float32) * -1.4426950408889634, 60.0))
+    m_i = square * tl.rsqrt(square * (1.0 + e) * (1.0 + e) + 1e-37)
+    return a, tl.where(inside, m_i * x.to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -129,40 +134,46 @@ def _rglru_carry_kernel(
     s = first_sequence(cu_ptr, end, T, B, reverse)
     begin = bound(cu_ptr, s, T, B, reverse)
     if (end < T) & (begin < end):  # a sequence goes on in the next chunk
-        rate = _rate(lam_ptr, c, W, factor)
+        power = _power(lam_ptr, c, W, factor)
         first = tl.maximum(begin, ci * chunk)
         last = bound(cu_ptr, s + 1, T, B, reverse) - 1
-        a_all = tl.full((block_c,), 1.0, tl.float32)
+        a_all = tl.full((parts, block_c), 1.0, tl.float32)
         h = initial(h0_ptr, s, c, W, B, reverse)
         h = tl.where(begin >= ci * chunk, h, 0.0)
         # --- 2. main loop
-        for k0 in tl.range(first, end, block_t):
-            x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, reverse)
-            r_tile = load_rows(r_ptr, stride_r, k0, end, c, W, T, parts, rows, reverse)
-            i_tile = r_tile
+        x_tile = load_rows(x_ptr, stride_x, first, end, c, W, T, parts, rows, reverse)
+        r_tile = load_rows(r_ptr, stride_r, first, end, c, W, T, parts, rows, reverse)
+        i_tile = r_tile
+        if not reverse:
+            i_tile = load_rows(i_ptr, stride_i, first, end, c, W, T, parts, rows, reverse)
+        for k0 in tl.range(first, end, block_t, disable_licm=True):
+            k1 = k0 + block_t
+            x_next = load_rows(x_ptr, stride_x, k1, end, c, W, T, parts, rows, reverse)
+            r_next = load_rows(r_ptr, stride_r, k1, end, c, W, T, parts, rows, reverse)
+            i_next = r_next
             if not reverse:
-                i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, reverse)
+                i_next = load_rows(i_ptr, stride_i, k1, end, c, W, T, parts, rows, reverse)
             a_part = tl.full((parts, block_c), 1.0, tl.float32)
             b_part = tl.zeros((parts, block_c), tl.float32)
             for r in tl.static_range(rows):
                 k = step_of(k0, r, parts, rows)
                 inside = k < end
                 if reverse:
-                    _, a, _ = _decay(r_tile[r], rate, fresh & (k == last))
-                    a = tl.where(inside, a, 1.0)
+                    _, a, _ = _decay(r_tile[r], power, inside, fresh & (k == last))
                     dh = tl.where(inside, x_tile[r].to(tl.float32), 0.0)
                     b_part = a * (b_part + dh)
                 else:
-                    a, b = _map(x_tile[r], r_tile[r], i_tile[r], rate, fresh & (k == begin))
-                    a = tl.where(inside, a, 1.0)
-                    b_part = a * b_part + tl.where(inside, b, 0.0)
+                    starts = fresh & (k == begin)
+                    a, b = _map(x_tile[r], r_tile[r], i_tile[r], power, inside, starts)
+                    b_part = a * b_part + b
                 a_part *= a
             _, h = across(a_part, b_part, h)
-            _, a_all = across(a_part, tl.zeros((parts, block_c), tl.float32), a_all)
+            a_all *= a_part
+            x_tile, r_tile, i_tile = x_next, r_next, i_next
         # --- 3. epilogue
         carry = carry_ptr + 2 * ci.to(tl.int64) * W + c
         # --- 4. store
-        tl.store(carry, a_all, c < W)
+        tl.store(carry, tl.reduce(a_all, 0, multiply), c < W)
         tl.store(carry + W, h, c < W)
 
 
@@ -192,7 +203,7 @@ def _rglru_fwd_kernel(
         h = carried(carry_ptr, begin, chunk, ci, c, W)
     else:
         h = initial(h0_ptr, s, c, W, B, False)
-    rate = _rate(lam_ptr, c, W, factor)
+    power = _power(lam_ptr, c, W, factor)
 
     # --- 2. main loop
     k0 = first
@@ -218,8 +229,7 @@ def _rglru_fwd_kernel(
             k = step_of(k0, r, parts, rows)
             inside = (k >= low) & (k < high)
             fresh = (k == begin) & (h0_ptr is None)
-            a, b = _map(x_tile[r], r_tile[r], i_tile[r], rate, fresh)
-            a, b = tl.where(inside, a, 1.0), tl.where(inside, b, 0.0)
+            a, b = _map(x_tile[r], r_tile[r], i_tile[r], power, inside, fresh)
             a_rows, b_rows = a_rows + (a,), b_rows + (b,)  # noqa: RUF005
             a_part, b_part = a_part * a, a * b_part + b
         # --- 3. epilogue
@@ -233,6 +243,8 @@ def _rglru_fwd_kernel(
             tl.store(
                 row_ptr(h_ptr, W, k0, r, c, T, parts, rows, False), h_tile, existing(inside, c, W)
             )
+        if parts == 1:
+            h = tl.sum(h_row, 0)
         if done:
             tl.store(state_row(h_T_ptr, s, c, W, B, False), h, c < W)
             s += 1
@@ -275,7 +287,8 @@ def _rglru_bwd_kernel(
         v = carried(carry_ptr, begin, chunk, ci, c, W)
     else:
         v = initial(dh_T_ptr, s, c, W, B, True)
-    rate = _rate(lam_ptr, c, W, factor)
+    power = _power(lam_ptr, c, W, factor)
+    slope = power * 0.6931471805599453
     sums = tl.zeros((parts, block_c), tl.float32)
 
     # --- 2. main loop
@@ -300,8 +313,7 @@ def _rglru_bwd_kernel(
             k = step_of(k0, j, parts, rows)
             inside = (k >= low) & (k < high)
             fresh = (k == stop - 1) & (h0_ptr is None)
-            r, a, square = _decay(r_tile[j], rate, fresh)
-            a = tl.where(inside, a, 1.0)
+            r, a, square = _decay(r_tile[j], power, inside, fresh)
             b_part = a * (b_part + tl.where(inside, dh_tile[j].to(tl.float32), 0.0))
             a_part *= a
             a_rows, r_rows, squares = a_rows + (a,), r_rows + (r,), squares + (square,)  # noqa: RUF005
@@ -320,18 +332,22 @@ def _rglru_bwd_kernel(
             u = v_row + tl.where(inside, dh_tile[j].to(tl.float32), 0.0)
             v_row = a * u
             root = tl.rsqrt(tl.maximum(square, 1e-37))
-            m_i = square * root * i
-            da = u * tl.where(starts, h_start, h_tile[j].to(tl.float32))
-            dlog_a = a * (da - u * i * x * a * tl.minimum(root, 2000.0))
+            m, di = square * root, u * i
+            dx = (di * m).to(dx_ptr.dtype.element_ty)
+            di *= x
+            h = tl.where(starts, h_start, h_tile[j].to(tl.float32))
+            dlog_a = v_row * h - di * a * a * tl.minimum(root, 2000.0)
             dlog_a = tl.where(starts & (h0_ptr is None), 0.0, dlog_a) * r
             sums += tl.where(inside, dlog_a, 0.0)
             exist = existing(inside, c, W)
-            dx = (u * m_i).to(dx_ptr.dtype.element_ty)
-            dr = -rate[None, :] * dlog_a * (1.0 - r)
-            di = u * m_i * x * (1.0 - i)
+            dr = dlog_a * (slope[None, :] - slope[None, :] * r)
+            di *= m
+            di -= di * i
             tl.store(row_ptr(dx_ptr, W, k0, j, c, T, parts, rows, True), dx, exist)
             tl.store(row_ptr(dr_ptr, W, k0, j, c, T, parts, rows, True), dr.to(dx.dtype), exist)
             tl.store(row_ptr(di_ptr, W, k0, j, c, T, parts, rows, True), di.to(dx.dtype), exist)
+        if parts == 1:
+            v = tl.sum(v_row, 0)
         if done:
             tl.store(state_row(dh0_ptr, s, c, W, B, True), v, c < W)
             s += 1
@@ -383,8 +399,8 @@ def _rglru_step_kernel(
     x = tl.load(x_ptr + row * stride_x + c, exist, 0.0)
     r_pre = tl.load(r_ptr + row * stride_r + c, exist, 0.0)
     i_pre = tl.load(i_ptr + row * stride_i + c, exist, 0.0)
-    rate = _rate(lam_ptr, c, W, factor)
-    a, h = _map(x[None, :], r_pre[None, :], i_pre[None, :], rate, h0_ptr is None)
+    power = _power(lam_ptr, c, W, factor)
+    a, h = _map(x[None, :], r_pre[None, :], i_pre[None, :], power, True, h0_ptr is None)
     # --- 3. epilogue
     if h0_ptr is not None:
         h += a * tl.load(h0_ptr + row * W + c, exist, 0.0)[None, :]
