@@ -28,8 +28,9 @@ from .hybrid_attention_tiles import (
     STRIP,
     add_tile,
     after,
+    alive,
     bounds,
-    load_live,
+    load_alive,
     load_tile,
     lowest,
     operand,
@@ -62,9 +63,7 @@ def _hybrid_attention_delta_kernel(
     # --- 1. which tile
     mi, h = tl.program_id(0) // Hq, tl.program_id(0) % Hq
     m = mi * block_m + tl.arange(0, block_m)
-    kv_start = tl.load(kv_start_ptr + m, mask=m < T, other=0)
-    kv_end = tl.load(kv_end_ptr + m, mask=m < T, other=0)
-    live = kv_start < kv_end
+    live = alive(kv_start_ptr, kv_end_ptr, m, T)
 
     # --- 2. main loop
     o_tile = load_tile(o, h, mi * block_m, T, Hq, D, block_m, block_d, tma).to(tl.float32)
@@ -283,8 +282,8 @@ def _hybrid_attention_dkdv_kernel(
         k_tile = load_tile(k, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
         v_tile = load_tile(v, hk, mi * block_m, T, Hk, D, block_m, block_d, tma)
     else:  # dq sums over keys, and 0 * NaN is NaN
-        k_tile = load_live(k, hk, kv_start_ptr, kv_end_ptr, j, T, Hk, D, block_d)
-        v_tile = load_live(v, hk, kv_start_ptr, kv_end_ptr, j, T, Hk, D, block_d)
+        k_tile = load_alive(k, hk, kv_start_ptr, kv_end_ptr, j, T, Hk, D, block_d)
+        v_tile = load_alive(v, hk, kv_start_ptr, kv_end_ptr, j, T, Hk, D, block_d)
     dk_acc = tl.zeros((block_m, block_d), tl.float32)
     dv_acc = tl.zeros((block_m, block_d), tl.float32)
     begin, stop = tl.maximum(begin, 0) // wide, tl.cdiv(tl.minimum(stop, T), wide)

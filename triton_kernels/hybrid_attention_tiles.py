@@ -8,6 +8,8 @@
     scores    scale, soft cap and ALiBi
     load_tile, store_tile, add_tile
               rows of one head, by TMA or by pointers; beyond the edges are zeros
+    zero_dead, load_alive
+              zeros for tokens that see nothing
 
 Twin: pallas_kernels/hybrid_attention_tiles.py.
 """
@@ -106,11 +108,16 @@ def per_token(kv_start_ptr, kv_end_ptr, noise_id_ptr, t, T):
 
 
 @triton.jit
+def alive(kv_start_ptr, kv_end_ptr, t, T):
+    """Whether tokens t see anything; those past the last do not."""
+    kv_start = tl.load(kv_start_ptr + t, mask=t < T, other=0)
+    return kv_start < tl.load(kv_end_ptr + t, mask=t < T, other=0)
+
+
+@triton.jit
 def zero_dead(tile, kv_start_ptr, kv_end_ptr, t, T):
     """tile [tokens, D] with zeros for tokens that see nothing: their memory may hold NaN."""
-    kv_start = tl.load(kv_start_ptr + t, mask=t < T, other=0)
-    kv_end = tl.load(kv_end_ptr + t, mask=t < T, other=0)
-    return tl.where((kv_start < kv_end)[:, None], tile, 0.0)
+    return tl.where(alive(kv_start_ptr, kv_end_ptr, t, T)[:, None], tile, 0.0)
 
 
 @triton.jit
@@ -157,11 +164,13 @@ def load_tile(
 
 
 @triton.jit
-def load_live(x_ptr, h, kv_start_ptr, kv_end_ptr, t, T, H, D, block_d: tl.constexpr):
-    """Rows t of x [T, H, D], contiguous, of one head: zeros for tokens that see nothing."""
-    live = tl.load(kv_start_ptr + t, mask=t < T, other=0) < tl.load(
-        kv_end_ptr + t, mask=t < T, other=0
-    )
+def load_alive(x_ptr, h, kv_start_ptr, kv_end_ptr, t, T, H, D, block_d: tl.constexpr):
+    """Rows t of x [T, H, D], contiguous, with zeros for tokens that see nothing.
+
+    What zero_dead makes of a tile is multiplied from registers, which are short: this, as it
+    comes from memory, from shared memory.
+    """
+    live = alive(kv_start_ptr, kv_end_ptr, t, T)
     d = tl.arange(0, block_d)
     at = x_ptr + (t.to(tl.int64)[:, None] * H + h) * D + d[None, :]
     return tl.load(at, mask=live[:, None] & (d[None, :] < D), other=0.0)
