@@ -126,12 +126,15 @@ def test_any_layout_is_the_recurrence(cu, given, chunk, config):
     back_and_forth(DECAY, "decay_attention", args, want, leaves, **options)
 
 
-def test_retention_is_decay_attention_with_its_decays():
-    q, k, v, _, _, S0, cu = arguments([0, 7, 7, 40], Hq=2)
+# gradients by the same walk, in spans and whole; so many keys that they are decay attention's
+@pytest.mark.parametrize(("K", "config"), [(16, (16, 2)), (16, None), (144, None)])
+def test_retention_is_decay_attention_with_its_decays(K, config):
+    q, k, v, _, _, S0, cu = arguments([0, 7, 7, 40], Hq=2, K=K)
     leaves = lifted([q, k, v, S0])
     g = torch.log1p(-(2.0 ** (-5 - torch.arange(2, device=DEVICE).double())))
-    want = exact(*leaves[:3], g, None, leaves[3], cu, 16**-0.5)
-    back_and_forth(RETENTION, "retention", [q, k, v, S0, cu], want, leaves, chunk=16)
+    want = exact(*leaves[:3], g, None, leaves[3], cu, K**-0.5)
+    options = {"chunk": 16, "config": config and RETENTION.Config(*config)}
+    back_and_forth(RETENTION, "retention", [q, k, v, S0, cu], want, leaves, **options)
 
 
 def ssd(x, dt, A, B, C, D, z, dt_bias, cu, h0, softplus, limit):

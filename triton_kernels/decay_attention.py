@@ -128,7 +128,7 @@ def _decay_attention_fwd_kernel(
     stride_qh: tl.constexpr, stride_kh: tl.constexpr, stride_vh: tl.constexpr,
     stride_D: tl.constexpr, stride_Dv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     chunk: tl.constexpr, block_k: tl.constexpr, block_v: tl.constexpr, block_b: tl.constexpr,
-    constant: tl.constexpr, transposed: tl.constexpr, tma: tl.constexpr,
+    constant: tl.constexpr, transposed: tl.constexpr, reverse: tl.constexpr, tma: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     num_v: tl.constexpr = (V + block_v - 1) // block_v
@@ -138,7 +138,7 @@ def _decay_attention_fwd_kernel(
     v = v0 + tl.arange(0, block_v)
     h = tile // num_v % H
     p = tile // num_v // H
-    s, first, end, _, ends, slot = find_span(cu_ptr, p, T, B, span, chunk, block_b)
+    s, first, end, begins, ends, slot = find_span(cu_ptr, p, T, B, span, chunk, block_b)
     if s < 0:
         return
     exist = (k < K)[:, None] & (v < V)[None, :]
@@ -150,44 +150,53 @@ def _decay_attention_fwd_kernel(
     in_registers: tl.constexpr = block_k <= 128
     if in_registers:
         S = S.T
-    s = tl.where(ends, s, -1)
+    s = tl.where(begins if reverse else ends, s, -1)
     if D_ptr is not None and stride_Dv == 0:
         D = tl.load(D_ptr + h * stride_D)
     lane = tl.arange(0, chunk)
     if constant:  # the same in every chunk
         g = constant_decay(b_ptr, h) * lane
-        always = decayed_T(g, lane) if in_registers else decayed(g, lane)
+        always = decayed_T(g, lane) if in_registers and not reverse else decayed(g, lane)
 
     # --- 2. main loop
-    for t0 in tl.range(first, end, chunk, disable_licm=True):
+    chunks = tl.cdiv(end - first, chunk)
+    for c in tl.range(0, chunks, disable_licm=True):
+        ci = chunks - 1 - c if reverse else c
+        t0 = first + ci * chunk
         hq = h // group
         q = load_tokens(q_all, stride_q, stride_qh, t0, end, hq, 0, K, chunk, block_k, tma)
         k_tile = load_tokens(k_all, stride_k, stride_kh, t0, end, hq, 0, K, chunk, block_k, tma)
         n = tl.minimum(end - t0, chunk)
-        b, b_n, u = decays(b_ptr, u_ptr, h, slot, slots, n, lane, constant)
+        b, b_n, u = decays(b_ptr, u_ptr, h, slot + ci, slots, n, lane, constant)
+        before, after = scale * tl.exp2(b), tl.exp2(b_n - b) * u  # from S to y, from k v^T to S
+        if reverse:
+            before, after = after, before
 
         # (in this order, v as late as can be, all fits into registers)
         if in_registers:
             p_tile = tl.dot(k_tile, q.T)  # [j, t]
-            p_tile *= always if constant else decayed_T(b, lane)
-            p_tile = (p_tile * (scale * u)[:, None]).to(q.dtype)
-            acc = tl.dot(S.to(q.dtype), q.T) * (scale * tl.exp2(b))[None, :]  # [block_v, t]
+            if reverse:
+                p_tile *= always if constant else decayed(b, lane)
+                p_tile *= (scale * u)[None, :]
+            else:
+                p_tile *= always if constant else decayed_T(b, lane)
+                p_tile *= (scale * u)[:, None]
+            p_tile = p_tile.to(q.dtype)
+            acc = tl.dot(S.to(q.dtype), q.T) * before[None, :]  # [block_v, t]
             v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
             acc = tl.dot(v_tile.T, p_tile, acc).T
-            a = tl.exp2(b_n - b) * u
-            v_weighted = (v_tile.T.to(tl.float32) * a[None, :]).to(v_tile.dtype)
+            v_weighted = (v_tile.T.to(tl.float32) * after[None, :]).to(v_tile.dtype)
             S = tl.dot(v_weighted, k_tile, S * tl.exp2(b_n))
         else:
+            tl.static_assert(not reverse)
             p_tile = tl.dot(q, k_tile.T)  # [t, j]
             p_tile *= always if constant else decayed(b, lane)
             p_tile *= (scale * u)[None, :]
-            acc = tl.dot(q, S.to(q.dtype)) * (scale * tl.exp2(b))[:, None]  # [t, block_v]
+            acc = tl.dot(q, S.to(q.dtype)) * before[:, None]  # [t, block_v]
             v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
             acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
-            a = tl.exp2(b_n - b) * u
-            v_weighted = (v_tile.to(tl.float32) * a[:, None]).to(v_tile.dtype)
+            v_weighted = (v_tile.to(tl.float32) * after[:, None]).to(v_tile.dtype)
             S = tl.dot(k_tile.T, v_weighted, S * tl.exp2(b_n))
-        slot += 1
 
         # --- 3. epilogue
         if D_ptr is not None:
@@ -215,17 +224,21 @@ def _launch(
     chunk: int,
     tiles: Config,
     transposed: bool,
+    reverse: bool = False,
 ) -> list[Tensor]:
     """[y, S_T] with decays and weights as gates makes them, or decays (None, True): RetNet's. D [H]
-    or [H, V]: y += D v. States are [B, H, V, K] if transposed."""
+    or [H, V]: y += D v. States are [B, H, V, K] if transposed. reverse: the adjoint, against time,
+        dS[t] = scale * k[t] v[t]^T + exp(g[t+1]) dS[t+1]        y[t] = exp(i[t]) * q[t]^T dS[t]
+    S0 what comes from beyond a sequence's end, S_T what leaves its beginning; K at most 128."""
     (T, Hq, K), (H, V), B = q.shape, v.shape[1:], len(cu_seqlens) - 1
     y = v.new_empty(T, H, V)
     S_T = v.new_empty(B, H, *((V, K) if transposed else (K, V)), dtype=torch.float32)
     span = _lib.cdiv(_lib.cdiv(T, tiles.spans), chunk) * chunk
     block_k, block_v = _lib.power_of_2(K), min(tiles.block_v, _lib.power_of_2(V))
     walk = tiles.block_v, tiles.stages, tiles.warps
+    weight = scale if reverse else 1.0
     enters = entering_states(
-        k, v, decay, u, cu_seqlens, S0, span, 1.0, chunk, walk, transposed, False
+        k, v, decay, u, cu_seqlens, S0, span, weight, chunk, walk, transposed, reverse
     )
     stride_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     tma = tma_ready(q, k, v)
@@ -235,7 +248,7 @@ def _launch(
         operand(y, chunk, block_v, tma), S_T, T, B, span, most_spans(T, B, chunk), H, H // Hq,
         scale, q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1),
         *stride_D, K, V, chunk, block_k, block_v, max(16, _lib.power_of_2(B)), decay[1],
-        transposed, tma,
+        transposed, reverse, tma,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return [y, S_T]

@@ -6,6 +6,11 @@
 
     decay_attention with g[h] = log(gamma[h]), which its kernels make themselves, and without i
 
+Backward, where no gate wants a gradient: the attention of other operands, twice against time
+    dq = attention(dy, v, k), from S0^T    dk = adjoint(v, dy, q), from dS_T^T
+    dv = adjoint(k, q, dy), from dS_T; what leaves it is dS0
+which stores no states; with more than 128 keys or values, decay_attention's.
+
 Limits: as decay_attention's. Rotations of q and k, the norm of y and its gate are outside.
 
 Twin: pallas_kernels/retention.py.
@@ -101,13 +106,24 @@ def _backward(
         return [*(x.zero_() for x in rows), dS0.zero_() if dS_T is None else dS0.copy_(dS_T)]
     q, k, v, dy = map(heads_adjacent, (q, k, v, dy))
     S0, dS_T = (None if x is None else x.contiguous() for x in (S0, dS_T))
-    ask = functools.partial(default_config, *_sizes(q, v, cu_seqlens))
-    tiles = bwd_tiles(ask, Config(*config) if config else None)
+    cu_seqlens = cu_seqlens.contiguous()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, S: Tensor | None, *way: bool) -> list[Tensor]:
+        tiles = Config(*config) if config else default_config(*_sizes(q, v, cu_seqlens))
+        gates = (None, True), None, None
+        return _launch(q, k, v, *gates, S, cu_seqlens, scale, chunk, tiles, *way)
+
     with _lib.on_device(v):
         _lib.check_gpu()
+        if max(q.shape[2], v.shape[2]) <= 128:
+            dq, _ = attention(dy, v, k, S0, True, False)
+            dk, _ = attention(v, dy, q, dS_T, True, True)
+            return [dq, dk, *attention(k, q, dy, dS_T, False, True)]
+        ask = functools.partial(default_config, *_sizes(q, v, cu_seqlens))
+        tiles = bwd_tiles(ask, Config(*config) if config else None)
         gates = (None, True), None, False, None
         dq, dk, dv, _, _, dS0, _ = backward(
-            q, k, v, *gates, S0, cu_seqlens.contiguous(), dy, dS_T, scale, chunk, *tiles, False
+            q, k, v, *gates, S0, cu_seqlens, dy, dS_T, scale, chunk, *tiles, False
         )
     return [dq, dk, dv, dS0]
 
