@@ -195,10 +195,10 @@ def test_prepacking_moves_every_code_and_loses_none(K):
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_product_of_what_the_formats_quantize(group, symmetric):
+@pytest.mark.parametrize("symmetric, tokens", [(True, 9), (False, 9), (False, INT4.FEW_M + 8)])
+def test_the_product_of_what_the_formats_quantize(group, symmetric, tokens):
     w, arrays = quantized(40, 512, group, symmetric)
-    x, bias = normal(9, 512), normal(40)
+    x, bias = normal(tokens, 512), normal(40)
     want = x.double() @ w.T + bias
     y = int4_matmul(x, *arrays, group=group, bias=bias, config=SMALL)
     assert error(y, want) < 5e-4
@@ -258,17 +258,18 @@ def test_a_scale_that_is_not_finite_reaches_its_row_alone():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NaN is the point
-def test_neighbours_in_memory_never_matter():
+@pytest.mark.parametrize("tokens", [5, INT4.FEW_M + 5])
+def test_neighbours_in_memory_never_matter(tokens):
     """x amid NaN; the last block of K is half full, and the last tiles are ragged."""
     w, arrays = quantized(40, 384, 128)
-    x = normal(5, 384)
-    wide = torch.full((9, 384 + 16), torch.nan, dtype=HALF, device=DEVICE)
-    inner = wide[2:7, 8:392]
+    x = normal(tokens, 384)
+    wide = torch.full((tokens + 4, 384 + 16), torch.nan, dtype=HALF, device=DEVICE)
+    inner = wide[2:-2, 8:392]
     inner.copy_(x)
     y = int4_matmul(x, *arrays, config=SMALL)
     assert error(y, x.double() @ w.T) < 5e-4
     assert torch.equal(int4_matmul(inner, *arrays, config=SMALL), y)
-    odd = torch.full((9, 385), torch.nan, dtype=HALF, device=DEVICE)[2:7, :384]  # no pitch for TMA
+    odd = torch.full((tokens + 4, 385), torch.nan, dtype=HALF, device=DEVICE)[2:-2, :384]
     odd.copy_(x)
     assert torch.equal(int4_matmul(odd, *arrays, config=SMALL), y)
     assert torch.equal(int4_matmul(x.t().contiguous().t(), *arrays, config=SMALL), y)
@@ -307,7 +308,8 @@ def test_compiles_as_one_graph_with_its_gradient():
 
 def test_defaults_follow_the_sizes():
     config, split = INT4.default_config, INT4.default_split
-    assert config(1, 28672, 8192, HALF).block_m == 16
+    assert config(1, 28672, 8192, HALF).block_m == 8
+    assert config(9, 28672, 8192, HALF).block_m == 16
     assert config(64, 28672, 8192, HALF).block_m == 64
     assert config(4096, 28672, 8192, HALF).block_m == 128
     # few rows: their K is shared; many tokens: it is not

@@ -41,7 +41,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _lib
 from .int4_matmul_quantize import quantized
@@ -49,10 +48,8 @@ from .matmul import matmul_fwd
 
 DTYPES = (torch.bfloat16, torch.float16)
 GROUPS = (32, 64, 128, 256)
-BLOCK_K, PLANE = (
-    256,
-    64,
-)  # of K: what 128 bytes of a row hold, and what one nibble of its words does
+BLOCK_K = 256  # of K: what 128 bytes of a row hold
+PLANE = 64  # of K: what one nibble of its words holds
 ZERO = tl.constexpr(8)  # of symmetric weights
 
 
@@ -79,16 +76,23 @@ class Config:
                 raise ValueError(f"{name}: expected a power of two >= {least}, got {size}")
 
 
+# Up to so many tokens are multiplied by mma.sync: each warp for itself, no warp waits for others,
+# and a group's scale is applied to its sums. Wgmma, for more, has the scale applied to weights.
+FEW_M = 32
+
+
 def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
     """The Config for a product of these sizes on a Hopper with 132 multiprocessors."""
     del K, dtype
-    # Few tokens: small tiles of one warpgroup, four to a multiprocessor: one waits for memory or
-    # the tensor cores while another unpacks.
-    if M <= 32:
-        return Config(block_m=16 if M <= 16 else 32)
-    # Every tile reads all of x: taller ones, as many tokens as fit twice beside 256 of K.
+    # Few tokens: 16 rows a warp. Small tiles fill the last wave; with more tokens, which every tile
+    # of rows reads from L2, tall ones.
+    if M <= 2:
+        return Config(block_m=8, block_n=32, stages=4, warps=2)
+    if M <= FEW_M:
+        return Config(block_m=max(8, _lib.power_of_2(M)), block_n=128, stages=4, warps=8)
+    # All tiles of rows at once, two to a multiprocessor.
     if M <= 64:
-        return Config(block_m=64, block_n=128, stages=2)
+        return Config(block_m=64, block_n=128, stages=2, warps=8)
     # Too few tiles of 256 rows: half of that, twice the programs.
     if _lib.cdiv(M, 128) * _lib.cdiv(N, 256) < 106:
         return Config(block_m=128, block_n=128, stages=2, warps=8)
@@ -102,8 +106,10 @@ def default_split(M: int, N: int, K: int) -> int:
     More would be written and read again for nothing. Sums of the slices round differently, so that
     this depends on the sizes alone, not on the Config.
     """
-    if M <= 64:
-        tiles, enough = _lib.cdiv(N, 64 if M <= 32 else 128), 200
+    if M <= FEW_M:
+        tiles, enough = _lib.cdiv(N, 16), 1600  # of one warp; twelve to a multiprocessor
+    elif M <= 64:
+        tiles, enough = _lib.cdiv(N, 128), 200
     else:
         tiles, enough = _lib.cdiv(N, 256) * _lib.cdiv(M, 128), 106
     # No slice of fewer than 4 steps, which would be all prologue.
@@ -114,34 +120,40 @@ def default_split(M: int, N: int, K: int) -> int:
 # it again for every tile of tokens costs more than its 2 N K bytes, written and read.
 DENSE_M = 1024
 
-# Two words of 16 bits at once: nibble i of both, as floats, less zero, times scale. By fma alone,
-# which Ampere has for bfloat16 too; the second is a multiplication (its addend is -0).
-_UNPACK = """{{
-    .reg .b32 w, minus_one, nothing;
+# Two words of 16 bits at once: nibble i of both, as floats, less zero, by an fma: bfloat16 has one
+# from Ampere on, a subtraction from Hopper on.
+_CODES = """{{
+    .reg .b32 w, minus_one;
     mov.b32 minus_one, {minus_one};
-    mov.b32 nothing, 0x80008000;
     shr.u32 w, $1, {shift};
     lop3.b32 w, w, 0x000F000F, {magic}, 0xEA;
-    fma.rn.{kind}x2 w, $2, minus_one, w;
-    fma.rn.{kind}x2 $0, w, $3, nothing;
+    fma.rn.{kind}x2 $0, $2, minus_one, w;
+}}"""
+# Times scale: an fma whose addend is -0.
+_SCALED = """{{
+    .reg .b32 nothing;
+    mov.b32 nothing, 0x80008000;
+    fma.rn.{kind}x2 $0, $1, $2, nothing;
 }}"""
 _BF16 = {"kind": "bf16", "magic": "0x43004300", "minus_one": "0xBF80BF80"}
 _F16 = {"kind": "f16", "magic": "0x64006400", "minus_one": "0xBC00BC00"}
 _PTX = {
-    f"{d['kind']}_{i}": _UNPACK.format(shift=4 * i, **d) for d in (_BF16, _F16) for i in range(4)
+    f"{d['kind']}_{i}": _CODES.format(shift=4 * i, **d) for d in (_BF16, _F16) for i in range(4)
 }
 BF16_0, BF16_1, BF16_2, BF16_3, F16_0, F16_1, F16_2, F16_3 = map(tl.constexpr, _PTX.values())
-BF16_MAGIC, F16_MAGIC = tl.constexpr(0x4300), tl.constexpr(0x6400)
+BF16_SCALED, F16_SCALED = (tl.constexpr(_SCALED.format(**d)) for d in (_BF16, _F16))
+BF16_MAGIC, F16_MAGIC = tl.constexpr(0x4300), tl.constexpr(0x6400)  # 128 and 1024
 INTERPRETING = tl.constexpr(_lib.INTERPRETING)
 
 
 @triton.jit
-def _unpacked(words, zero, scale, i: tl.constexpr):
-    """Plane i of words [rows, 64] int16, as weights in scale's dtype; zero and scale broadcast."""
-    bf16: tl.constexpr = scale.dtype == tl.bfloat16
+def _codes(words, zero, i: tl.constexpr):
+    """Plane i of words [rows, columns] int16 less zero [rows], in zero's dtype: exact."""
+    bf16: tl.constexpr = zero.dtype == tl.bfloat16
+    zero = tl.broadcast_to(zero[:, None], words.shape)
     if INTERPRETING:  # which cannot run PTX
         q = ((words >> (4 * i)) & 15) | (BF16_MAGIC if bf16 else F16_MAGIC)
-        weights = (q.to(tl.int16).to(scale.dtype, bitcast=True) - zero) * scale
+        codes = q.to(tl.int16).to(zero.dtype, bitcast=True) - zero
     else:
         if i == 0:
             ptx: tl.constexpr = BF16_0 if bf16 else F16_0
@@ -151,102 +163,144 @@ def _unpacked(words, zero, scale, i: tl.constexpr):
             ptx: tl.constexpr = BF16_2 if bf16 else F16_2
         else:
             ptx: tl.constexpr = BF16_3 if bf16 else F16_3
+        codes = tl.inline_asm_elementwise(
+            ptx, "=r,r,r", [words, zero], dtype=zero.dtype, is_pure=True, pack=2
+        )
+    return codes
+
+
+@triton.jit
+def _scaled(codes, scale):
+    """codes [rows, columns] times scale [rows]: weights, rounded to their dtype."""
+    scale = tl.broadcast_to(scale[:, None], codes.shape)
+    if INTERPRETING:
+        weights = codes * scale
+    else:
+        ptx: tl.constexpr = BF16_SCALED if scale.dtype == tl.bfloat16 else F16_SCALED
         weights = tl.inline_asm_elementwise(
-            ptx, "=r,r,r,r", [words, zero, scale], dtype=scale.dtype, is_pure=True, pack=2
+            ptx, "=r,r,r", [codes, scale], dtype=scale.dtype, is_pure=True, pack=2
         )
     return weights
 
 
 @triton.jit
-def _group_values(scale_ptr, zero_ptr, n, N, k, K, group: tl.constexpr):
-    """(zero, scale) [rows, 1] of the group that k lies in, for W's rows n; beyond the edges 0."""
-    dtype: tl.constexpr = scale_ptr.dtype.element_ty
-    magic: tl.constexpr = BF16_MAGIC if dtype == tl.bfloat16 else F16_MAGIC
-    at = (k // group).to(tl.int64) * N + n[:, None]
-    mask = (n[:, None] < N) & (k < K)
-    scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
-    if zero_ptr is None:
-        zero = tl.full(scale.shape, ZERO | magic, tl.int16)
-    else:
-        zero = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.int16) | magic
-    return zero.to(tl.int16).to(dtype, bitcast=True), scale
+def _scales(scale_ptr, block, rows, N, K, group: tl.constexpr):
+    """The scales [rows] of each group of a block, in a tuple; beyond the edges 0."""
+    scales = ()
+    for i in tl.static_range(256 // group):
+        g = block * (256 // group) + i
+        mask = (rows < N) & (g < K // group)
+        scales += (tl.load(scale_ptr + g.to(tl.int64) * N + rows, mask=mask, other=0.0),)
+    return scales
 
 
 @triton.jit
-def _weights(words, scale_ptr, zero_ptr, n, N, k, K, i: tl.constexpr, group: tl.constexpr):
-    """Plane i of W's rows n, which begins at k: [rows, 64]."""
-    zero, scale = _group_values(scale_ptr, zero_ptr, n, N, k, K, group)
-    if group < 64:
-        right = tl.arange(0, 64)[None, :] >= 32
-        zero_32, scale_32 = _group_values(scale_ptr, zero_ptr, n, N, k + 32, K, group)
-        zero, scale = tl.where(right, zero_32, zero), tl.where(right, scale_32, scale)
-    zero, scale = tl.broadcast_to(zero, words.shape), tl.broadcast_to(scale, words.shape)
-    return _unpacked(words, zero, scale, i)
+def _zeros(zero_ptr, block, rows, N, K, group: tl.constexpr, dtype: tl.constexpr):
+    """Likewise the zero points, as a plane has them: 128 or 1024 more, in dtype."""
+    magic: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+    zeros = ()
+    for i in tl.static_range(256 // group):
+        if zero_ptr is None:
+            zero = tl.full(rows.shape, ZERO + magic, dtype)
+        else:
+            g = block * (256 // group) + i
+            mask = (rows < N) & (g < K // group)
+            zero = tl.load(zero_ptr + g.to(tl.int64) * N + rows, mask=mask, other=0)
+            zero = (zero.to(tl.float32) + magic).to(dtype)
+        zeros += (zero,)
+    return zeros
 
 
 @triton.jit
-def _load_words(w, block, n, N, block_n: tl.constexpr, tma: tl.constexpr):
-    """[block_n, 64] words of rows n on, of one block of K."""
-    if tma:
-        words = w.load([block, n, 0]).reshape(block_n, 64)
-    else:
-        r = n + tl.arange(0, block_n)
-        at = (block * N + r[:, None]).to(tl.int64) * 64 + tl.arange(0, 64)[None, :]
-        words = tl.load(w + at, mask=r[:, None] < N, other=0)
-    return words
+def _load_words(w_ptr, block, rows, N, columns):
+    """[rows, columns] of the words of one block of K."""
+    at = (block * N + rows[:, None]).to(tl.int64) * 64 + columns[None, :]
+    return tl.load(w_ptr + at, mask=rows[:, None] < N, other=0)
 
 
 @triton.jit
-def _load_x(x, m, k, M, K, stride_xm, stride_xk, block_m: tl.constexpr, tma: tl.constexpr):
-    """x[m : m + block_m, k : k + 64], zeros beyond the edges."""
-    if tma:
-        tile = x.load([m, k])
-    else:
-        r, c = m + tl.arange(0, block_m), k + tl.arange(0, 64)
-        mask = (r[:, None] < M) & (c[None, :] < K)
-        at = r.to(tl.int64)[:, None] * stride_xm + c.to(tl.int64)[None, :] * stride_xk
-        tile = tl.load(x + at, mask=mask, other=0.0)
-    return tile
+def _load_x(
+    x_ptr, m, k, M, K, stride_xm, stride_xk,
+    block_m: tl.constexpr, width: tl.constexpr, even_k: tl.constexpr,
+):  # fmt: skip
+    """x[m : m + block_m, k : k + width], zeros beyond the edges."""
+    r, c = m + tl.arange(0, block_m), k + tl.arange(0, width)
+    mask = r[:, None] < M
+    if not even_k:
+        mask = mask & (c[None, :] < K)
+    at = r.to(tl.int64)[:, None] * stride_xm + c.to(tl.int64)[None, :] * stride_xk
+    return tl.load(x_ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def _int4_matmul_kernel(
-    x,  # [M, K]: a TMA descriptor, or a pointer
-    w,  # [blocks of K, N, 64] int16: likewise
+    x_ptr,  # [M, K]
+    w_ptr,  # [blocks of K, N, 64] int16
     scale_ptr,  # [K / G, N]
     zero_ptr,  # [K / G, N] or None
     bias_ptr,  # [N] or None
     out_ptr,  # y [M, N], or the slices' sums [split_k, M, N], or one sum that all add to
     M, N, K, stride_xm, stride_xk,
     group: tl.constexpr, split_k: tl.constexpr, atomic: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr, tma: tl.constexpr,
+    few: tl.constexpr, even_k: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr, warps: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     # Neighbours share weights or tokens: group_m tiles of tokens, then the next rows of W.
     num_m, num_n = tl.cdiv(M, block_m), tl.cdiv(N, block_n)
-    width = group_m * num_n
-    first = tl.program_id(0) // width * group_m
+    panel = group_m * num_n
+    first = tl.program_id(0) // panel * group_m
     height = min(num_m - first, group_m)
-    m = (first + tl.program_id(0) % width % height) * block_m
-    n = tl.program_id(0) % width // height * block_n
+    m = (first + tl.program_id(0) % panel % height) * block_m
+    n = tl.program_id(0) % panel // height * block_n
     blocks = tl.cdiv(K, 256)
     part = tl.program_id(1)
     start, stop = blocks * part // split_k, blocks * (part + 1) // split_k
     rows = n + tl.arange(0, block_n)
 
     # --- 2. main loop
-    acc = tl.zeros((block_n, block_m), tl.float32)
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
+    width: tl.constexpr = min(group, 64)  # of a piece of a plane that has one scale
+    batch: tl.constexpr = min(warps, block_n // 16) if few else 1
+    height_n: tl.constexpr = block_n // batch
+    if few:
+        acc = tl.zeros((batch, height_n, block_m), tl.float32)
+        scales = _scales(scale_ptr, start, rows, N, K, group)
+    else:
+        acc = tl.zeros((block_n, block_m), tl.float32)
     for block in range(start, stop):
-        words = _load_words(w, block, n, N, block_n, tma)
-        for i in tl.static_range(4):
-            k = block * 256 + i * 64
-            weights = _weights(words, scale_ptr, zero_ptr, rows, N, k, K, i, group)
-            x_tile = _load_x(x, m, k, M, K, stride_xm, stride_xk, block_m, tma)
-            acc = tl.dot(weights, x_tile.T, acc)
-        acc = _waited(acc)
+        zeros = _zeros(zero_ptr, block, rows, N, K, group, dtype)
+        if few:
+            next_scales = _scales(scale_ptr, block + 1, rows, N, K, group)
+            group_sum = tl.zeros_like(acc)
+        else:
+            scales = _scales(scale_ptr, block, rows, N, K, group)
+        for c in tl.static_range(0, 64, width):
+            words = _load_words(w_ptr, block, rows, N, c + tl.arange(0, width))
+            for i in tl.static_range(4):
+                x_tile = _load_x(
+                    x_ptr, m, block * 256 + i * 64 + c, M, K, stride_xm, stride_xk,
+                    block_m, width, even_k,
+                )  # fmt: skip
+                codes = _codes(words, zeros[(i * 64 + c) // group], i)
+                if few:
+                    codes = codes.reshape(batch, height_n, width)
+                    x_tiles = tl.broadcast_to(x_tile.T[None, :, :], (batch, width, block_m))
+                    group_sum = tl.dot(codes, x_tiles, group_sum)
+                    if (i * 64 + c + width) % group == 0:
+                        scale = scales[(i * 64 + c) // group].to(tl.float32)
+                        acc += group_sum * scale.reshape(batch, height_n, 1)
+                        group_sum = tl.zeros_like(acc)
+                else:
+                    weights = _scaled(codes, scales[(i * 64 + c) // group])
+                    acc = tl.dot(weights, x_tile.T, acc)
+        if few:
+            scales = next_scales
+        else:
+            acc = _waited(acc)
 
     # --- 3. epilogue
-    tile = acc.T  # [block_m, block_n]
+    tile = acc.reshape(block_n, block_m).T
     if bias_ptr is not None:
         tile += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
 
@@ -312,19 +366,22 @@ def _int4_dequantize_kernel(
     # --- 1. which tile
     n, block = tl.program_id(1) * block_n, tl.program_id(0)
     rows = n + tl.arange(0, block_n)
-    words = _load_words(w_ptr, block, n, N, block_n, False)
+    width: tl.constexpr = min(group, 64)
+    scales = _scales(scale_ptr, block, rows, N, K, group)
+    zeros = _zeros(zero_ptr, block, rows, N, K, group, out_ptr.dtype.element_ty)
 
     # --- 2. main loop
-    for i in tl.static_range(4):
-        start = block * 256 + i * 64
+    for c in tl.static_range(0, 64, width):
+        words = _load_words(w_ptr, block, rows, N, c + tl.arange(0, width))
+        for i in tl.static_range(4):
+            # --- 3. epilogue
+            codes = _codes(words, zeros[(i * 64 + c) // group], i)
+            weights = _scaled(codes, scales[(i * 64 + c) // group])
 
-        # --- 3. epilogue
-        weights = _weights(words, scale_ptr, zero_ptr, rows, N, start, K, i, group)
-
-        # --- 4. store
-        k = start + tl.arange(0, 64)
-        at = rows.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(out_ptr + at, weights, mask=(rows[:, None] < N) & (k[None, :] < K))
+            # --- 4. store
+            k = block * 256 + i * 64 + c + tl.arange(0, width)
+            at = rows.to(tl.int64)[:, None] * K + k[None, :]
+            tl.store(out_ptr + at, weights, mask=(rows[:, None] < N) & (k[None, :] < K))
 
 
 def int4_quantize(
@@ -419,11 +476,10 @@ def _product(
         return matmul_fwd(x, _dequantized(w_packed, w_scale, w_zero, group).t())[0]
     with _lib.on_device(x):
         _lib.check_gpu()
-        tma = _lib.has_tma() and _lib.tma_ready(x) and w_packed.data_ptr() % 16 == 0
+        few = M <= FEW_M
         tiles = Config(*config) if config else default_config(M, N, K, x.dtype)
-        if not (tma or config):
-            # Pointer loads need address registers, and Ada has 99 KB of shared memory.
-            tiles = Config(block_m=min(64, max(16, _lib.power_of_2(M))), stages=2)
+        if not (few or config or _lib.has_tma()):  # older than Hopper: Ada has 99 KB of memory
+            tiles = Config(block_m=64, block_n=64, stages=2)
         split_k = split_k or default_split(M, N, K)
         block_m, block_n = tiles.block_m, tiles.block_n
         atomic = atomic and split_k > 1
@@ -432,16 +488,11 @@ def _product(
             parts = x.new_zeros((1, M, N), dtype=torch.float32)
         elif split_k > 1:
             parts = x.new_empty((split_k, M, N), dtype=torch.float32)
-
-        def operand(t: Tensor, *block: int) -> TensorDescriptor | Tensor:
-            return TensorDescriptor.from_tensor(t, list(block)) if tma else t
-
         grid = _lib.cdiv(M, block_m) * _lib.cdiv(N, block_n), split_k
         _int4_matmul_kernel[grid](
-            operand(x, block_m, PLANE), operand(w_packed, 1, block_n, 64),
-            w_scale, w_zero, bias if split_k == 1 else None, parts,
-            M, N, K, *x.stride(), group, split_k, atomic,
-            block_m, block_n, tiles.group_m, tma,
+            x, w_packed, w_scale, w_zero, bias if split_k == 1 else None, parts,
+            M, N, K, *x.stride(), group, split_k, atomic, few, K % BLOCK_K == 0,
+            block_m, block_n, tiles.group_m, tiles.warps,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         if split_k > 1:
