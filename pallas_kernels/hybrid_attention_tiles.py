@@ -34,7 +34,8 @@ from .hybrid_attention_plan import (
 
 WARPGROUPS = 2  # compute warpgroups; one more loads
 LOG2E = math.log2(math.e)
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 32  # of a thread; three warpgroups have 512 together
+# Of a thread. Three warpgroups start with 168 each: more than 504 together would wait forever.
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 PARAMS = plgpu.CompilerParams(
     approx_math=True,
     reduction_scratch_bytes=0,  # rows alone are reduced, within warps
