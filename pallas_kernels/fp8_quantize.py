@@ -42,7 +42,7 @@ BLOCK = 128
 class Config:
     """Tile sizes and resources of the kernel; the result does not depend on them.
 
-    block_m: rows of a tile; 128 where so many share a scale.
+    block_m: rows of a tile, 128 or 256; 128 where so many share a scale.
     block_n: its columns, 128 for each warpgroup.
     """
 
@@ -50,8 +50,8 @@ class Config:
     block_n: int = 128
 
     def __post_init__(self) -> None:
-        if self.block_m < 8 or self.block_m > 256 or self.block_m % 8:
-            raise ValueError(f"block_m: expected a multiple of 8 up to 256, got {self.block_m}")
+        if self.block_m not in (128, 256):
+            raise ValueError(f"block_m: expected 128 or 256, got {self.block_m}")
         if self.block_n < 128 or self.block_n % 128:
             raise ValueError(f"block_n: expected a multiple of 128, got {self.block_n}")
 
@@ -70,16 +70,13 @@ def _leading_bits(x: Any) -> Any:
 
 
 def _scale(top: Any, ue8m0: bool) -> Any:
-    """max(top, 1e-4) / 448, correctly rounded; Mosaic's division is two units off.
+    """max(top, 1e-4) / 448, correctly rounded, for a top of at most 11 bits.
 
-    1 / 7 is 585 / 2^12 and a seventh of 2^-12 (its bits repeat): the products with 585 are exact,
-    and what is rounded before the last sum is 2^-35 of it. No quotient by 7 is so close to a tie.
+    1 / 448 is 585 / 2^18 and a 448th of 2^-12 (its bits repeat); the product with 585 is exact.
+    Mosaic's own division is two units off.
     """
-    top = jnp.maximum(top, 1e-4)
-    first = _leading_bits(top)
-    last = (top - first) * (585 / 2**12) + top * (1 / (7 * 2**12))
-    scale = (first * (585 / 2**12) + last) * 2.0**-6
-    scale = jnp.where(top == jnp.inf, jnp.inf, scale)
+    scale = top * (585 / 2**18) + top * (1 / (448 * 2**12))
+    scale = jnp.maximum(scale, 1e-4 / 448)
     if not ue8m0:
         return scale
     bits = lax.bitcast_convert_type(scale, jnp.int32) & 0x7FFFFFFF  # a NaN may have a sign
@@ -119,7 +116,7 @@ def _fp8_quantize_kernel(
     ue8m0: bool,
     config: Config,
 ) -> None:
-    tops_smem, scale_smem, full = scratch if len(scratch) > 1 else (None, None, *scratch)
+    *between_warps, full = scratch
     runs, layout = _lib.piece_tile(BLOCK, x_smem.dtype)
     tiles = range(config.block_m // runs)
 
@@ -140,6 +137,7 @@ def _fp8_quantize_kernel(
     # --- 2. main loop
     plgpu.barrier_wait(full.at[wg])
     if which in ("cols", "blocks"):
+        tops_smem, scale_smem = between_warps
         top = functools.reduce(jnp.maximum, (jnp.abs(read(i)) for i in tiles))
         if which == "blocks":
             top = along(top.astype(jnp.float32).max(axis=1)).astype(x_smem.dtype)
@@ -156,17 +154,34 @@ def _fp8_quantize_kernel(
         factor = _reciprocal(scale)
         scale_smem[wg] = scale
 
+    else:
+        (rows_smem,) = between_warps
+        # Both halves of a row meet first, two elements at once.
+        halves, half_layout = _lib.piece_tile(BLOCK // 2, x_smem.dtype)
+        for i in range(config.block_m // halves):
+            rows = pl.ds(i * halves, halves)
+            left, right = (
+                jnp.abs(plgpu.load(x_smem.at[wg, rows, columns], layout=half_layout))
+                for columns in (pl.ds(0, BLOCK // 2), pl.ds(BLOCK // 2, BLOCK // 2))
+            )
+            rows_smem[wg, rows] = jnp.maximum(left, right).astype(jnp.float32).max(axis=1)
+        plgpu.commit_smem()
+        # A row for each lane, though eight of them found its largest.
+        lanes = plgpu.Layout.WG_STRIDED((config.block_m,), vec_size=1)
+        scale = _scale(plgpu.load(rows_smem.at[wg], layout=lanes), ue8m0)
+        rows_smem[wg] = _reciprocal(scale)
+        if which == "rows":
+            scale_gmem[pl.ds(start, config.block_m), ki] = scale
+        else:
+            scale_gmem[ki, pl.ds(start, config.block_m)] = scale
+        plgpu.commit_smem()
+
     # --- 4. store
     for i in tiles:
-        x = read(i).astype(jnp.float32)
         if which.startswith("rows"):
-            scale = _scale(jnp.abs(x).max(axis=1), ue8m0)  # [runs]
-            rows = pl.ds(start + i * runs, runs)
-            if which == "rows":
-                scale_gmem[rows, ki] = scale
-            else:
-                scale_gmem[ki, rows] = scale
-            factor = along(_reciprocal(scale))
+            part = rows_smem.at[wg, pl.ds(i * runs, runs)]
+            factor = along(plgpu.load(part, layout=layout.reduce(1), optimized=False))
+        x = read(i).astype(jnp.float32)
         q_smem[wg, pl.ds(i * runs, runs)] = (x * factor).astype(q_smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_smem.at[wg], q_gmem.at[tile])
@@ -210,7 +225,7 @@ def _quantize(
     }[which]
     tile = (warpgroups, config.block_m, BLOCK)
     between_warps = (
-        ()
+        (plgpu.SMEM((warpgroups, config.block_m), jnp.float32),)
         if share_m == 1
         else (
             plgpu.SMEM((warpgroups, 2 * runs, BLOCK), x.dtype),

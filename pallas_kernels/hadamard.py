@@ -39,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import _lib
 from .fp8_quantize import _reciprocal
 from .fp8_quantize import _scale as _e4m3_scale
-from .int8_quantize import _codes
+from .int8_quantize import _codes, _factors
 from .int8_quantize import _scale as _int8_scale
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -162,19 +162,24 @@ def _hadamard_kernel(
             acc = [acc[p] * (part_of_signs(p, 1) * factor) for p in range(parts)]
         else:
             acc = [one * factor for one in acc]
-        y = acc[0] if parts == 1 else jnp.concatenate(acc, axis=1)  # [block_m, n]
-        y = y.astype(dtype)
+        acc = acc[0] if parts == 1 else jnp.concatenate(acc, axis=1)  # [block_m, n]
+        y = acc.astype(dtype)
         if fmt:
-            top = jnp.abs(y).astype(jnp.float32).max(axis=1)  # [block_m]
+            # Rounding keeps the order: the largest is found before it, and rounded then.
+            top = jnp.abs(acc).max(axis=1).astype(dtype).astype(jnp.float32)  # [block_m]
 
             def along(values):
                 return lax.broadcast_in_dim(values, (block_m, n), [0])
 
             if fmt == "int8":
                 scale = _int8_scale(top)
-                y = _codes(y, scale, along)
+                y = _codes(y, scale, _factors(scale), along)
             else:
                 scale = _e4m3_scale(top, False)
+                # All bits, which a compiler cannot know. It would lift y again without packing it,
+                # and then round one by one, which takes far longer than two at once.
+                keep = along(jnp.where(scale == 0, 0, -1).astype(jnp.int16))
+                y = lax.bitcast_convert_type(lax.bitcast_convert_type(y, jnp.int16) & keep, dtype)
                 y = (y.astype(jnp.float32) * along(_reciprocal(scale))).astype(y_smem.dtype)
             scale_gmem[rows(trip)] = scale
 

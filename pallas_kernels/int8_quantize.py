@@ -8,12 +8,13 @@
         the runs of a row, in all the warpgroups that share it, exchange top; scale = top / 127
         for each chunk: codes, into a slot of their own; TMA stores it
     a group that is no more than a warp reads at once (512 bytes, a power of two) stays within its
-    warp: one pass, top and codes together; others count as rows, x [M * K / group, group]
+    warp, and lanes take a group each for its scale; others count as rows, x [M * K / group, group]
 
 Both quotients are those of float32, correctly rounded, though no element is divided: it is
 multiplied by 1 / scale as the sum of two float32, the first of 12 bits. Its product with the 11
 bits of x is exact, and the sum comes within 2^-34 of the quotient, whether or not a compiler fuses
 it; next to a tie nothing else lies within 2^-19. A test goes through all mantissas of both types.
+No quotient of x from these types rounds to more than 127: nothing is left to clip.
 
 Of a row longer than its slots, they keep the end, and only the beginning is read again.
 
@@ -88,30 +89,40 @@ def _leading_bits(x: Any) -> Any:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _factors(scale: Any) -> tuple[Any, Any, Any]:
-    """What x is multiplied by: a power of two, and both parts of 1 / (scale * power)."""
-    bits = lax.bitcast_convert_type(scale, jnp.int32)
-    # By a power of two, so that neither reciprocals nor their rests leave float32's range.
-    power = lax.bitcast_convert_type((254 << 23) - (bits & 0x7F800000), jnp.float32)
-    divisor = scale * power
+def _factors(scale: Any) -> tuple[Any, Any]:
+    """Both parts of 1 / (scale * _power(scale)), the first of 12 bits; of 1 if not known."""
+    scale = jnp.where(_known(scale), scale, 1.0)
+    divisor = scale * _power(scale)
     reciprocal = _leading_bits(1.0 / divisor)
     first = _leading_bits(divisor)
     rest = 1.0 - reciprocal * first - reciprocal * (divisor - first)  # all of it exact
-    return power, reciprocal, rest / divisor
+    return reciprocal, rest / divisor
 
 
-def _codes(x: Any, scale: Any, along: Any) -> Any:
-    """The codes of a tile x [runs, piece] for scale [runs]; along: [runs] -> [runs, piece]."""
+def _power(scale: Any) -> Any:
+    """A power of two that keeps reciprocals of scale * power and their rests within float32."""
     bits = lax.bitcast_convert_type(scale, jnp.int32)
-    # 0 where the scale is infinite or NaN
-    keep = jnp.where((bits & 0x7F800000) == 0x7F800000, 0, 255)
-    power, reciprocal, rest = (along(factor) for factor in _factors(scale))
-    scaled = x.astype(jnp.float32) * power
-    quotient = scaled * reciprocal + scaled * rest
-    quotient = jnp.minimum(jnp.maximum(quotient, -127.0), 127.0)
+    return lax.bitcast_convert_type((254 << 23) - (bits & 0x7F800000), jnp.float32)
+
+
+def _known(scale: Any) -> Any:
+    """Neither infinite nor NaN."""
+    return (lax.bitcast_convert_type(scale, jnp.int32) & 0x7F800000) != 0x7F800000
+
+
+def _codes(x: Any, scale: Any, factors: tuple[Any, Any], along: Any) -> Any:
+    """The codes of a tile x [runs, piece] for scale [runs]; along: [runs] -> [runs, piece]."""
+    keep = jnp.where(_known(scale), -1, 0).astype(jnp.int16)
+    x = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int16) & along(keep), x.dtype)
+    power = _power(jnp.where(_known(scale), scale, 1.0))
+    if x.dtype == jnp.bfloat16:  # two at once; exact, or so small that the code is 0
+        scaled = (x * along(power.astype(x.dtype))).astype(jnp.float32)
+    else:
+        scaled = x.astype(jnp.float32) * along(power)
+    reciprocal, rest = factors
+    quotient = scaled * along(reciprocal) + scaled * along(rest)
     # Adding 1.5 * 2^23 rounds to a whole number, which the low bits hold in two's complement.
-    code = lax.bitcast_convert_type(quotient + 12582912.0, jnp.int32)
-    return (code & along(keep)).astype(jnp.int8)
+    return lax.bitcast_convert_type(quotient + 12582912.0, jnp.int32).astype(jnp.int8)
 
 
 def _scale(top: Any) -> Any:
@@ -197,7 +208,25 @@ def _int8_quantize_kernel(
 
         return largest
 
+    def of_groups(j, i):
+        """Row j of stats_smem, for the runs of tile i."""
+        part = stats_smem.at[wg, j, pl.ds(i * runs, runs)]
+        return plgpu.load(part, layout=layout.reduce(1), optimized=False)
+
+    def scales_of(q):
+        """A scale and its factors for each group of a chunk, a lane each."""
+        for i in tiles:
+            top = jnp.abs(read(q, i).astype(jnp.float32)).max(axis=1)
+            stats_smem[wg, 0, pl.ds(i * runs, runs)] = top
+        plgpu.commit_smem()
+        lanes = plgpu.Layout.WG_STRIDED(stats_smem.shape[2:], vec_size=1)
+        scale = _scale(plgpu.load(stats_smem.at[wg, 0], layout=lanes))
+        for j, factor in enumerate((scale, *_factors(scale))):
+            stats_smem[wg, j] = factor
+        plgpu.commit_smem()
+
     # --- 3. epilogue
+    row_scale = []
     if not grouped:
         zero = plgpu.layout_cast(jnp.zeros((runs, piece), x_smem.dtype), layout)
         largest = lax.fori_loop(0, num_n, accumulate, zero)
@@ -206,7 +235,10 @@ def _int8_quantize_kernel(
         plgpu.barrier_wait(met.at[group])
         tops = [stats_smem[group * split + i, run] for i in range(split) for run in range(runs)]
         scale = _scale(functools.reduce(jnp.maximum, tops))
-        row_scale = plgpu.layout_cast(jnp.full((runs,), scale), layout.reduce(1))
+        row_scale = [
+            plgpu.layout_cast(jnp.full((runs,), factor), layout.reduce(1))
+            for factor in (scale, *_factors(scale))
+        ]
 
         @pl.when(jnp.logical_and(part == 0, row < R))
         def _():
@@ -217,6 +249,7 @@ def _int8_quantize_kernel(
     def _(q):
         if grouped:
             plgpu.barrier_wait(full_at(q))
+            scales_of(q)
         elif dropped:
 
             @pl.when(q >= num_n)
@@ -224,17 +257,17 @@ def _int8_quantize_kernel(
                 plgpu.barrier_wait(full_at(q))
 
         for i in tiles:
-            x = read(q, i)
             if grouped:
-                scale = _scale(jnp.abs(x).astype(jnp.float32).max(axis=1))  # [runs]
+                scale, *factors = (of_groups(j, i) for j in range(3))
 
                 @pl.when(row < R)
                 def _(i=i, scale=scale):
                     scale_gmem[row, pl.ds(start_of(q) + i * runs, runs)] = scale
 
             else:
-                scale = row_scale
-            q_smem[*slot(q), pl.ds(i * runs, runs)] = _codes(x, scale, along)
+                scale, *factors = row_scale
+            codes = _codes(read(q, i), scale, factors, along)
+            q_smem[*slot(q), pl.ds(i * runs, runs)] = codes
         plgpu.commit_smem()
         _lib.store_row_chunk(q_smem.at[slot(q)], q_gmem, row, start_of(q))
         if num_n > config.stages:
@@ -261,6 +294,8 @@ def _quantize(x: jax.Array, grouped: bool, config: Config | None) -> tuple[jax.A
     slots = (config.warpgroups, config.stages, pieces, piece)
     # Beyond the last group of a row there is room for those that fill its last chunk.
     room = _lib.cdiv(columns, split * pieces) * split * pieces
+    # The largest of each run; or of each group, its scale and factors, a lane each.
+    stats = (3, _lib.cdiv(pieces, _lib.WARPGROUP) * _lib.WARPGROUP) if grouped else (runs,)
     q, scale = plgpu.kernel(
         functools.partial(_int8_quantize_kernel, R=R, grouped=grouped, config=config),
         out_type=(
@@ -270,7 +305,7 @@ def _quantize(x: jax.Array, grouped: bool, config: Config | None) -> tuple[jax.A
         scratch_types=[
             plgpu.SMEM(slots, x.dtype),
             plgpu.SMEM(slots, jnp.int8),
-            plgpu.SMEM((config.warpgroups, runs), jnp.float32),
+            plgpu.SMEM((config.warpgroups, *stats), jnp.float32),
             plgpu.Barrier(num_barriers=config.warpgroups * config.stages),
             plgpu.Barrier(num_arrivals=split, num_barriers=config.block_m),
         ],

@@ -160,7 +160,8 @@ def test_int8_codes_are_right_for_all_mantissas(dtype, bits: int):
     top = mantissas(bits)
     scale = top / np.float32(127)
     same(np.asarray(int8._scale(jnp.asarray(top))), scale)
-    power, reciprocal, rest = (np.asarray(f)[:, None] for f in int8._factors(jnp.asarray(scale)))
+    power = np.asarray(int8._power(jnp.asarray(scale)))[:, None]
+    reciprocal, rest = (np.asarray(f)[:, None] for f in int8._factors(jnp.asarray(scale)))
     ties = 0
     for exponent in range(10):
         x = (mantissas(bits) * np.float32(2.0**-exponent))[None]
