@@ -223,10 +223,16 @@ def thresholds(folder: Path, version: int, device: str, backend: str) -> tuple[f
 def tiers_of(raced: Raced, name: str) -> tuple[float, ...]:
     """Shares of what the shipped solution surely reaches, to two digits, none below the baseline.
 
-    Raises ValueError if that would not make tiers that rise.
+    Where that puts two of them there, the three are evenly apart instead, to a twentieth: from the
+    baseline to the last share.
+
+    Raises ValueError if that would not make tiers that rise either.
     """
     low = bound(ratios(raced.samples[BASELINE], raced.samples[name]))
     found = tuple(max(1.0, _two_digits(share * low)) for share in SHARES)
+    if found[0] == found[1]:
+        last = SHARES[-1] * low
+        found = tuple(math.floor(20 * x + 1e-9) / 20 for x in (1.0, (1.0 + last) / 2, last))
     if sorted({*found}) != [*found]:
         raise ValueError(f"{name}: {low:.2f} times the baseline leaves no room for three tiers")
     return found

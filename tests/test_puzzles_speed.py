@@ -301,6 +301,11 @@ def test_a_solution_slower_than_the_baseline_makes_no_tiers():
         speed.tiers_of(made_up([], [], samples=samples), "triton")
 
 
+def test_a_solution_a_third_faster_than_the_baseline_spreads_its_tiers_from_there():
+    samples = {BASELINE: [133.0] * 24, "triton": [100.0] * 24}
+    assert speed.tiers_of(made_up([], [], samples=samples), "triton") == (1.0, 1.05, 1.15)
+
+
 # What the puzzles say of their speed
 
 
