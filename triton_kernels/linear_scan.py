@@ -39,14 +39,15 @@ from . import _lib
 from .linear_scan_walk import (
     across,
     bound,
-    carried,
     check_sequences,
+    enter,
     existing,
     first_sequence,
     initial,
     launch_sizes,
     load_rows,
     multiply,
+    part_of,
     row_ptr,
     state_row,
     step_of,
@@ -181,13 +182,7 @@ def _linear_scan_fwd_kernel(
     # --- 1. which tile
     c = tl.program_id(0) * block_c + tl.arange(0, block_c)
     ci = tl.program_id(1)
-    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
-    s = first_sequence(cu_ptr, first, T, B, False)
-    begin, stop = bound(cu_ptr, s, T, B, False), bound(cu_ptr, s + 1, T, B, False)
-    if begin < first:
-        h = carried(carry_ptr, begin, chunk, ci, c, W)
-    else:
-        h = initial(h0_ptr, s, c, W, B, False)
+    first, end, s, begin, stop, h = enter(cu_ptr, h0_ptr, carry_ptr, ci, chunk, c, T, B, W, False)
 
     # --- 2. main loop
     k0 = first
@@ -195,13 +190,7 @@ def _linear_scan_fwd_kernel(
     b_tile = load_rows(b_ptr, stride_b, k0, end, c, W, T, parts, rows, False)
     walk = trips(cu_ptr, s, first, end, T, B, block_t, False)
     for _ in tl.range(walk, disable_licm=True):
-        k1 = tl.minimum(k0 + block_t, end)
-        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = (stop <= k1) & (k0 < end) & (s < B)
-        stays = (
-            done & (s + 1 < B) & ((stop < k1) | (k1 == T))
-        )  # the next one has a part in the tile
-        k_next = tl.where(stays, k0, k1)
+        low, high, done, k_next = part_of(s, begin, stop, k0, end, T, B, block_t)
         a_next = load_rows(a_ptr, stride_a, k_next, end, c, W, T, parts, rows, False)
         b_next = load_rows(b_ptr, stride_b, k_next, end, c, W, T, parts, rows, False)
         a_part = tl.full((parts, block_c), 1.0, tl.float32)
@@ -255,13 +244,7 @@ def _linear_scan_bwd_kernel(
     # --- 1. which tile
     c = tl.program_id(0) * block_c + tl.arange(0, block_c)
     ci = tl.program_id(1)
-    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
-    s = first_sequence(cu_ptr, first, T, B, True)
-    begin, stop = bound(cu_ptr, s, T, B, True), bound(cu_ptr, s + 1, T, B, True)
-    if begin < first:
-        v = carried(carry_ptr, begin, chunk, ci, c, W)
-    else:
-        v = initial(dh_T_ptr, s, c, W, B, True)
+    first, end, s, begin, stop, v = enter(cu_ptr, dh_T_ptr, carry_ptr, ci, chunk, c, T, B, W, True)
 
     # --- 2. main loop
     k0 = first
@@ -270,11 +253,7 @@ def _linear_scan_bwd_kernel(
     h_tile = load_rows(h_ptr, stride_h, k0, end, c, W, T, parts, rows, True, -1)
     walk = trips(cu_ptr, s, first, end, T, B, block_t, True)
     for _ in tl.range(walk, disable_licm=True):
-        k1 = tl.minimum(k0 + block_t, end)
-        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = (stop <= k1) & (k0 < end) & (s < B)
-        stays = done & (s + 1 < B) & ((stop < k1) | (k1 == T))
-        k_next = tl.where(stays, k0, k1)
+        low, high, done, k_next = part_of(s, begin, stop, k0, end, T, B, block_t)
         a_next = load_rows(a_ptr, stride_a, k_next, end, c, W, T, parts, rows, True)
         dh_next = load_rows(dh_ptr, stride_dh, k_next, end, c, W, T, parts, rows, True)
         h_next = load_rows(h_ptr, stride_h, k_next, end, c, W, T, parts, rows, True, -1)

@@ -126,6 +126,33 @@ def carried(carry_ptr, begin, chunk, ci, c, W):
 
 
 @triton.jit
+def enter(
+    cu_ptr, state_ptr, carry_ptr, ci, chunk, c, T, B, W: tl.constexpr, reverse: tl.constexpr
+):  # fmt: skip
+    """Of chunk ci: its steps from first to end, the sequence s that it begins with, whose steps are
+    those from begin to stop, and the state before the chunk."""
+    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
+    s = first_sequence(cu_ptr, first, T, B, reverse)
+    begin, stop = bound(cu_ptr, s, T, B, reverse), bound(cu_ptr, s + 1, T, B, reverse)
+    if begin < first:
+        state = carried(carry_ptr, begin, chunk, ci, c, W)
+    else:
+        state = initial(state_ptr, s, c, W, B, reverse)
+    return first, end, s, begin, stop, state
+
+
+@triton.jit
+def part_of(s, begin, stop, k0, end, T, B, block_t: tl.constexpr):
+    """The steps from low to high that sequence s has in the tile at k0, whether it ends there, and
+    the tile to go on with: the same if the next sequence has a part in it."""
+    k1 = tl.minimum(k0 + block_t, end)
+    low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
+    done = (stop <= k1) & (k0 < end) & (s < B)
+    stays = done & (s + 1 < B) & ((stop < k1) | (k1 == T))
+    return low, high, done, tl.where(stays, k0, k1)
+
+
+@triton.jit
 def step_of(k0, r: tl.constexpr, parts: tl.constexpr, rows: tl.constexpr):
     """The steps in row r of the tile that begins at k0. [parts, 1]"""
     return k0 + tl.arange(0, parts)[:, None] * rows + r

@@ -38,14 +38,15 @@ from .linear_scan import Config as _ScanConfig
 from .linear_scan_walk import (
     across,
     bound,
-    carried,
     check_sequences,
+    enter,
     existing,
     first_sequence,
     initial,
     launch_sizes,
     load_rows,
     multiply,
+    part_of,
     row_ptr,
     state_row,
     step_of,
@@ -196,13 +197,7 @@ def _rglru_fwd_kernel(
     # --- 1. which tile
     c = tl.program_id(0) * block_c + tl.arange(0, block_c)
     ci = tl.program_id(1)
-    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
-    s = first_sequence(cu_ptr, first, T, B, False)
-    begin, stop = bound(cu_ptr, s, T, B, False), bound(cu_ptr, s + 1, T, B, False)
-    if begin < first:
-        h = carried(carry_ptr, begin, chunk, ci, c, W)
-    else:
-        h = initial(h0_ptr, s, c, W, B, False)
+    first, end, s, begin, stop, h = enter(cu_ptr, h0_ptr, carry_ptr, ci, chunk, c, T, B, W, False)
     power = _power(lam_ptr, c, W, factor)
 
     # --- 2. main loop
@@ -212,13 +207,7 @@ def _rglru_fwd_kernel(
     i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, False)
     walk = trips(cu_ptr, s, first, end, T, B, block_t, False)
     for _ in tl.range(walk, disable_licm=True):
-        k1 = tl.minimum(k0 + block_t, end)
-        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = (stop <= k1) & (k0 < end) & (s < B)
-        stays = (
-            done & (s + 1 < B) & ((stop < k1) | (k1 == T))
-        )  # the next one has a part in the tile
-        k_next = tl.where(stays, k0, k1)
+        low, high, done, k_next = part_of(s, begin, stop, k0, end, T, B, block_t)
         x_next = load_rows(x_ptr, stride_x, k_next, end, c, W, T, parts, rows, False)
         r_next = load_rows(r_ptr, stride_r, k_next, end, c, W, T, parts, rows, False)
         i_next = load_rows(i_ptr, stride_i, k_next, end, c, W, T, parts, rows, False)
@@ -280,13 +269,7 @@ def _rglru_bwd_kernel(
     # --- 1. which tile
     c = tl.program_id(0) * block_c + tl.arange(0, block_c)
     ci = tl.program_id(1)
-    first, end = ci * chunk, tl.minimum((ci + 1) * chunk, T)
-    s = first_sequence(cu_ptr, first, T, B, True)
-    begin, stop = bound(cu_ptr, s, T, B, True), bound(cu_ptr, s + 1, T, B, True)
-    if begin < first:
-        v = carried(carry_ptr, begin, chunk, ci, c, W)
-    else:
-        v = initial(dh_T_ptr, s, c, W, B, True)
+    first, end, s, begin, stop, v = enter(cu_ptr, dh_T_ptr, carry_ptr, ci, chunk, c, T, B, W, True)
     power = _power(lam_ptr, c, W, factor)
     slope = power * 0.6931471805599453
     sums = tl.zeros((parts, block_c), tl.float32)
@@ -297,11 +280,7 @@ def _rglru_bwd_kernel(
     dh_tile = load_rows(dh_ptr, stride_dh, k0, end, c, W, T, parts, rows, True)
     walk = trips(cu_ptr, s, first, end, T, B, block_t, True)
     for _ in tl.range(walk, disable_licm=True):
-        k1 = tl.minimum(k0 + block_t, end)
-        low, high = tl.maximum(begin, k0), tl.minimum(stop, k1)
-        done = (stop <= k1) & (k0 < end) & (s < B)
-        stays = done & (s + 1 < B) & ((stop < k1) | (k1 == T))
-        k_next = tl.where(stays, k0, k1)
+        low, high, done, k_next = part_of(s, begin, stop, k0, end, T, B, block_t)
         # what the second walk reads is on its way during the first
         x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, True)
         i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, True)
