@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lib
+from .int4_matmul_prepack import ordered
 from .int4_matmul_quantize import quantized
 from .matmul import matmul_fwd
 
@@ -414,7 +415,7 @@ def int4_quantize(
 def int4_prepack(
     w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None = None, *, group: int = 128
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weights in the order in which the kernels read them; done once, with PyTorch's operations.
+    """Weights in the order in which the kernels read them; done once, in one launch.
 
     w_packed: [N, K / 2] uint8, k = 2j in the low nibble of byte j. w_scale: [N, K / group].
     w_zero: [N, 4 * ceil(K / group / 8)] uint8, packed likewise, or None.
@@ -425,17 +426,11 @@ def int4_prepack(
 
     Raises as int4_matmul does.
     """
-    N, K, prepacked = _check_weights(w_packed, w_scale, w_zero, group, None)
-    if prepacked:
+    if _check_weights(w_packed, w_scale, w_zero, group, None)[2]:
         raise ValueError("w_packed: expected shape [N, K / 2], got weights that are prepacked")
-    code = torch.stack((w_packed & 15, w_packed >> 4), dim=2).reshape(N, K).to(torch.int16)
-    code = torch.nn.functional.pad(code, (0, -K % BLOCK_K), value=8)
-    code = code.view(N, _lib.cdiv(K, BLOCK_K), 4, PLANE).permute(1, 2, 0, 3)
-    words = code[:, 0] | code[:, 1] << 4 | code[:, 2] << 8 | code[:, 3] << 12
-    if w_zero is not None:
-        w_zero = torch.stack((w_zero & 15, w_zero >> 4), dim=2).flatten(1)
-        w_zero = w_zero[:, : K // group].t().contiguous()
-    return words.contiguous(), w_scale.t().contiguous(), w_zero
+    _lib.check_same_device(w_packed=w_packed, w_scale=w_scale, w_zero=w_zero)
+    words, scale, *zero = ordered(w_packed, w_scale, w_zero, group)
+    return words, scale, zero[0] if zero else None
 
 
 def _prepacked(
