@@ -14,6 +14,10 @@
                 + sum over all j of (a rowsum(v * k dS) + e^b_n e)[j]
     gates kernel, backward: from chunks to tokens, di = u du (decay_attention_gates.py)
 
+K above 128: blocks of threads share its columns, 64 each, as sums of 64 x 256 do not fit registers.
+r, du, e and st are sums over K, which are added up last; dv needs all of k q^T and k dS, and the
+blocks make it in turn, each for other columns of v.
+
 Every sum has one order. Each product is made as rows of t and of j, so that nothing is transposed,
 and both sums over a row of Z * q k^T stay within a warp. u du is never divided by u.
 
@@ -62,11 +66,13 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
     dq_gmem, dk_gmem, dv_gmem, dgates_gmem, *dD_gmem = more
     q_smem, k_smem, v_smem, dy_smem, gates_smem, S_smem, dS_smem = refs[-15:-8]
     dv_smem, out_smem, rows_smem, columns_smem, once, full, free, met = refs[-8:]
-    T, groups, K = q_gmem.shape
+    T, groups, _ = q_gmem.shape
     _, H, V = v_gmem.shape
     parts, heads = V // 64, H // groups
+    cuts, _, width = q_smem.shape
     # --- 1. which tile
     wg, p, group = (lax.axis_index(name) for name in ("wg", "slot", "heads"))
+    group, cut = (group, 0) if cuts == 1 else (lax.div(group, cuts), lax.rem(group, cuts))
     _, first, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
     live = end - first
     rows = pl.ds(first, CHUNK)
@@ -74,6 +80,10 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
 
     def place(i: Any) -> tuple[Any, Any]:
         return group * heads + lax.div(i, parts), pl.ds(lax.rem(i, parts) * 64, 64)
+
+    def turn(i: Any) -> Any:
+        """Whether this block makes what of step i needs all of K."""
+        return True if cuts == 1 else lax.rem(i, cuts) == cut
 
     def hidden() -> Any:
         """0, in words that the compiler does not see through: what it is added to is worked out in
@@ -85,27 +95,40 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
         (h, v), rows, at = place(i), pl.ds(first + zero, CHUNK), p + zero
         plgpu.copy_gmem_to_smem(v_gmem.at[rows, h, v], v_smem.at[slot], barrier)
         plgpu.copy_gmem_to_smem(dy_gmem.at[rows, h, v], dy_smem.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(S_gmem.at[at, h, :, v], S_smem.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(dS_gmem.at[at, h, :, v], dS_smem.at[slot], barrier)
+        own = pl.ds(cut * width, width)
+        plgpu.copy_gmem_to_smem(S_gmem.at[at, h, own, v], S_smem.at[slot], barrier)
+        for n in range(cuts):
+            needed = (cut == n) | turn(i)
+
+            @pl.when(needed)
+            def _(n: int = n) -> None:
+                own = pl.ds(n * width, width)
+                plgpu.copy_gmem_to_smem(dS_gmem.at[at, h, own, v], dS_smem.at[slot, n], barrier)
+
+            if cuts > 1:
+                pl.when(~needed)(lambda: plgpu.barrier_arrive(barrier))
         plgpu.copy_gmem_to_smem(gates_gmem.at[at, h, pl.ds(0, GATES)], gates_smem.at[slot], barrier)
 
     @pl.when((wg == 0) & (live > 0))
     def _() -> None:
-        plgpu.copy_gmem_to_smem(q_gmem.at[rows, group], q_smem.at[0], once)
-        plgpu.copy_gmem_to_smem(k_gmem.at[rows, group], k_smem.at[0], once)
+        for n in range(cuts):
+            own = pl.ds(n * width, width)
+            plgpu.copy_gmem_to_smem(q_gmem.at[rows, group, own], q_smem.at[n], once)
+            plgpu.copy_gmem_to_smem(k_gmem.at[rows, group, own], k_smem.at[n], once)
 
     walk = Walk(full, free, stages, steps, copy)
     none = filled((CHUNK,), 0.0)
 
-    def products(*pairs: tuple[Any, Any]) -> list[jax.Array]:
-        """Of 64 rows and 64 columns each."""
+    def products(*sums: list[tuple[Any, Any]]) -> list[jax.Array]:
+        """Sums of products, of 64 rows and 64 columns each."""
 
         def made(*accs: Any) -> list[jax.Array]:
-            for acc, (a, b) in zip(accs, pairs, strict=True):
-                plgpu.wgmma(acc, a, b)
+            for acc, pairs in zip(accs, sums, strict=True):
+                for a, b in pairs:
+                    plgpu.wgmma(acc, a, b)
             return [acc[...] for acc in accs]
 
-        return pl.run_scoped(made, *[plgpu.ACC((CHUNK, CHUNK), jnp.float32)] * len(pairs))
+        return pl.run_scoped(made, *[plgpu.ACC((CHUNK, CHUNK), jnp.float32)] * len(sums))
 
     def entered(i: Any, loads: bool) -> Any:
         """The slot of step i, rows of other sequences cleared."""
@@ -123,13 +146,14 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
         """Stores dq or dk."""
         zero = hidden()
         t, h = first + zero, group + zero
-        for n in range(K // 64):
+        for n in range(width // 64):
             out_smem[own, n] = total[:, n * 64 : (n + 1) * 64].astype(out_smem.dtype)
         plgpu.commit_smem()
-        for n in range(K // 64):
+        for n in range(width // 64):
+            columns = pl.ds(cut * width + n * 64, 64)
             store_rows(
                 out_smem.at[own, n], live + zero,
-                lambda lo, size, n=n: target.at[pl.ds(t + lo, size), h, pl.ds(n * 64, 64)],
+                lambda lo, size, columns=columns: target.at[pl.ds(t + lo, size), h, columns],
             )  # fmt: skip
 
     @pl.when(live > 0)
@@ -138,14 +162,15 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
 
         @pl.when(live < CHUNK)
         def _() -> None:
-            pl.when(wg == 0)(lambda: clear(q_smem.at[0], live))
-            pl.when(wg == 1)(lambda: clear(k_smem.at[0], live))
+            for n in range(cuts):
+                pl.when(wg == 0)(lambda n=n: clear(q_smem.at[n], live))
+                pl.when(wg == 1)(lambda n=n: clear(k_smem.at[n], live))
             plgpu.commit_smem()
             meet(met, 2)
 
     if dD_gmem:
 
-        @pl.when((wg == 1) & (live == 0))
+        @pl.when((wg == 1) & (live == 0) & (cut == 0))
         def _none() -> None:
             @pl.loop(0, heads * parts)
             def _(i: Any) -> None:
@@ -159,18 +184,18 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
             dq, r, e = carry
             slot = entered(i, True)
             zero = hidden()
-            q_tile, k_tile = q_smem.at[zero], k_smem.at[zero]
+            q_tile, k_tile = q_smem.at[cut + zero], k_smem.at[cut + zero]
             v_tile, dy_tile, gates = v_smem.at[slot], dy_smem.at[slot], gates_smem.at[slot]
-            S_tile, dS_tile = S_smem.at[slot], dS_smem.at[slot]
+            S_tile, dS_tile = S_smem.at[slot], dS_smem.at[slot, cut]
             b, b_n = load_gates(gates, 0, ROW), gates[CHUNK - 1]
-            z, qk = products((dy_tile, v_tile.T), (q_tile, k_tile.T))
+            z, qk = products([(dy_tile, v_tile.T)], [(q_tile, k_tile.T)])
             theirs = [down(load_gates(gates, n, COLUMN), CHUNK) for n in range(2)]
             z = z * jnp.exp2(across(b, CHUNK) - theirs[0]) * (theirs[1] * scale)
             z = jnp.where(iota(z.shape, 1) + zero <= iota(z.shape, 0), z, 0.0)
             r = r + (z * qk).sum(axis=1)
             z = z.astype(q_smem.dtype)
             dy = load_tile(dy_tile) * across(jnp.exp2(b) * scale, 64)
-            r = r + (products((q_tile, S_tile))[0] * dy).sum(axis=1)
+            r = r + (products([(q_tile, S_tile)])[0] * dy).sum(axis=1)
             dy = dy.astype(q_smem.dtype)
 
             def add(acc: Any) -> None:
@@ -178,15 +203,19 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
                 plgpu.wgmma(acc, dy, S_tile.T)
 
             dq = pl.run_state(add)(plgpu.ACC.init(dq))
-            for n in range(0, K, 64):
+            for n in range(0, width, 64):
                 own = pl.ds(n, 64)
                 e = e + (load_tile(S_tile.at[own]) * load_tile(dS_tile.at[own])).sum(axis=1)
             if dD_gmem:
                 # sums over tokens, within warps: the diagonal of a product
                 h, v = place(i)
-                (pairs,) = products((dy_tile.T, v_tile))
-                diagonal = iota(pairs.shape, 0) + zero == iota(pairs.shape, 1)
-                dD_gmem[0][p + zero, h, v] = jnp.where(diagonal, pairs, 0.0).sum(axis=1)
+
+                @pl.when(turn(i))
+                def _() -> None:
+                    (pairs,) = products([(dy_tile.T, v_tile)])
+                    diagonal = iota(pairs.shape, 0) + zero == iota(pairs.shape, 1)
+                    dD_gmem[0][p + zero, h, v] = jnp.where(diagonal, pairs, 0.0).sum(axis=1)
+
             plgpu.commit_smem()
             walk.leave(slot)
             done = lax.rem(i, parts) == parts - 1
@@ -209,11 +238,11 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
                 later = iota((CHUNK, CHUNK), 1) >= iota((CHUNK, CHUNK), 0)
                 dg = jnp.where(later, down(mine - ours, CHUNK), 0.0) + down(over + st, CHUNK)
                 # --- 4. store
-                dgates_gmem[p + zero, group * heads + h, pl.ds(0, CHUNK)] = dg.sum(axis=1)
+                dgates_gmem[cut, p + zero, group * heads + h, pl.ds(0, CHUNK)] = dg.sum(axis=1)
 
             return dq, jnp.where(done, none, r), jnp.where(done, none, e)
 
-        dq, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, K), 0.0), none, none))
+        dq, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, width), 0.0), none, none))
         put(0, dq_gmem, dq)
 
     @pl.when((wg == 1) & (live > 0))
@@ -223,9 +252,9 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
             slot = entered(i, False)
             h, v = place(i)
             zero = hidden()
-            q_tile, k_tile = q_smem.at[zero], k_smem.at[zero]
+            q_tile, k_tile = q_smem.at[cut + zero], k_smem.at[cut + zero]
             v_tile, dy_tile, gates = v_smem.at[slot], dy_smem.at[slot], gates_smem.at[slot]
-            dS_tile = dS_smem.at[slot]
+            dS_tile = dS_smem.at[slot, cut]
             b, u, b_n = load_gates(gates, 0, ROW), load_gates(gates, 1, ROW), gates[CHUNK - 1]
             fade = jnp.exp2(b_n - b)
 
@@ -235,32 +264,40 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
                 x = x * jnp.exp2(later - across(b, CHUNK)) * scale
                 return jnp.where(iota(x.shape, 1) + zero < iota(x.shape, 0), 0.0, x)
 
-            kq, z = products((k_tile, q_tile.T), (v_tile, dy_tile.T))
-            x = (faded(kq) * across(u, CHUNK)).astype(q_smem.dtype)
+            def weighted(x: jax.Array) -> jax.Array:
+                return (x * across(u, CHUNK)).astype(q_smem.dtype)
+
+            kq, z = products([(k_tile, q_tile.T)], [(v_tile, dy_tile.T)])
+            x = weighted(faded(kq)) if cuts == 1 else None
             z = faded(z)
             du = du + (z * kq).sum(axis=1)
-            z = (z * across(u, CHUNK)).astype(q_smem.dtype)
-            (into,) = products((k_tile, dS_tile))
+            z = weighted(z)
+            (into,) = products([(k_tile, dS_tile)])
             own = load_tile(v_tile)
             new = (own * into).sum(axis=1) * fade
             du, st = du + new, st + new * u
 
-            dv = into * across(fade * u, 64)
-            if D_gmem is not None:
-                D = plgpu.load(D_gmem.at[h + zero, v], layout=COLUMN, optimized=False)
-                dv = dv + load_tile(dy_tile) * down(D, CHUNK)
+            def values(x: jax.Array | None, into: jax.Array) -> None:
+                if x is None:
+                    again = hidden()
+                    whole = [n + again for n in range(cuts)]
+                    (x,) = products([(k_smem.at[n], q_smem.at[n].T) for n in whole])
+                    x = weighted(faded(x))
+                    (into,) = products([(k_smem.at[n], dS_smem.at[slot, n]) for n in whole])
+                dv = into * across(fade * u, 64)
+                if D_gmem is not None:
+                    D = plgpu.load(D_gmem.at[h + zero, v], layout=COLUMN, optimized=False)
+                    dv = dv + load_tile(dy_tile) * down(D, CHUNK)
+                dv = pl.run_state(lambda acc: plgpu.wgmma(acc, x, dy_tile))(plgpu.ACC.init(dv))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dv_smem.at[zero][...] = dv.astype(dv_smem.dtype)
+                plgpu.commit_smem()
+                store_rows(
+                    dv_smem.at[zero], live + zero,
+                    lambda lo, n: dv_gmem.at[pl.ds(first + zero + lo, n), h + zero, v],
+                )  # fmt: skip
 
-            def values(acc: Any) -> None:
-                plgpu.wgmma(acc, x, dy_tile)
-
-            dv = pl.run_state(values)(plgpu.ACC.init(dv))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            dv_smem.at[zero][...] = dv.astype(dv_smem.dtype)
-            plgpu.commit_smem()
-            store_rows(
-                dv_smem.at[zero], live + zero,
-                lambda lo, n: dv_gmem.at[pl.ds(first + zero + lo, n), h + zero, v],
-            )  # fmt: skip
+            pl.when(turn(i))(lambda: values(x, into))
             own = (load_tile(v_tile) * across(fade * u, 64)).astype(q_smem.dtype)
 
             def add(acc: Any) -> None:
@@ -281,11 +318,12 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
                 plgpu.commit_smem()
                 meet(met, 2)
                 # --- 4. store
-                dgates_gmem[lax.axis_index("slot") + zero, h, pl.ds(CHUNK, CHUNK)] = du
+                at = lax.axis_index("slot") + zero
+                dgates_gmem[cut, at, h, pl.ds(CHUNK, CHUNK)] = du
 
             return dk, jnp.where(done, none, du), jnp.where(done, none, st)
 
-        dk, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, K), 0.0), none, none))
+        dk, _, _ = lax.fori_loop(0, steps, step, (filled((CHUNK, width), 0.0), none, none))
         put(1, dk_gmem, dk)
 
     walk.end()
@@ -301,37 +339,42 @@ def grads(
     (T, groups, K), (_, H, V), B = q.shape, v.shape, len(cu_seqlens) - 1
     slots = most_spans(T, B, CHUNK)
     tile = (stages, CHUNK, 64)
-    return launch(
+    width = K if K <= 128 else 64
+    cuts = K // width
+    made = launch(
         functools.partial(
             _decay_attention_grads_kernel, scale=scale, skips=D is not None, stages=stages
         ),
         "decay_attention_grads_kernel",
         [
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
-            jax.ShapeDtypeStruct((slots, H, PITCH), jnp.float32),
+            jax.ShapeDtypeStruct((cuts, slots, H, PITCH), jnp.float32),
             *([] if D is None else [jax.ShapeDtypeStruct((slots, H, V), jnp.float32)]),
         ],
         [
-            swizzled((1, CHUNK, K), q.dtype),
-            swizzled((1, CHUNK, K), q.dtype),
+            swizzled((cuts, CHUNK, width), q.dtype),
+            swizzled((cuts, CHUNK, width), q.dtype),
             swizzled(tile, q.dtype),
             swizzled(tile, q.dtype),
             plgpu.SMEM((stages, GATES), jnp.float32),
-            swizzled((stages, K, 64), q.dtype),
-            swizzled((stages, K, 64), q.dtype),
+            swizzled((stages, width, 64), q.dtype),
+            swizzled((stages, cuts, width, 64), q.dtype),
             stored((1, CHUNK, 64), q.dtype),
-            stored((2, K // 64, CHUNK, 64), q.dtype),
+            stored((2, width // 64, CHUNK, 64), q.dtype),
             plgpu.SMEM((2, CHUNK), jnp.float32),
             plgpu.SMEM((2, 2, CHUNK), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2 * cuts),
+            plgpu.Barrier(num_arrivals=4 + cuts, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
         ],
-        (slots, groups),
+        (slots, groups * cuts),
         (q, k, v, dy, gates, S, dS, cu_seqlens, *([] if D is None else [D])),
         2,
     )  # fmt: skip
+    dgates = made[3] if cuts == 1 else sum_along(made[3].reshape(cuts, -1), 0)
+    made[3] = dgates.reshape(slots, H, PITCH)
+    return made
 
 
 def backward(
@@ -349,8 +392,7 @@ def backward(
             x, y, gates, cu_seqlens, enters, each=True, carries=False, config=config, **how
         ))  # fmt: skip
     (S, _), (dS, dS0) = states
-    # A third slot takes the last registers; of K = 256 shared memory holds one.
-    stages = min(config.stages, 2 if q.shape[2] <= 128 else 1)
+    stages = min(config.stages, 2)  # a third slot takes the last registers
     made = grads(q, k, v, dy, gates, S, dS, D, cu_seqlens, scale=scale, stages=stages)
     if D is not None:
         made[4] = sum_along(made[4].reshape(made[4].shape[0], -1), 0).reshape(D.shape)

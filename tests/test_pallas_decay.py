@@ -156,6 +156,23 @@ def test_options_left_out():
     close(got, want[:2])
 
 
+def test_wide_keys_are_shared_by_blocks():
+    """Three cuts of K's 144 columns, four panels that they make values' gradients of in turn."""
+    cu = [0, 66, 70]
+    args = arguments(cu, K=144, V=112)
+    dy, dS_T = normal(6, *args[2].shape, dtype=HALF), normal(7, *args[5].shape)
+
+    def of(q, k, v, g, i, S0, _):
+        return exact(q, k, v, g, jnp.exp(i), S0, cu, SCALE)
+
+    @interpreted
+    def run(*floats):
+        out, pull = jax.vjp(lambda *a: DECAY.decay_attention(*a, args[6], scale=SCALE), *floats)
+        return *out, *pull((dy, dS_T))
+
+    close(run(*args[:6]), truth(of, args, (dy, dS_T)))
+
+
 def test_retention_is_its_definition():
     cu, H, K, V = [0, 5, 73], 3, 64, 64
     q, k, v, _, _, S0, bounds = arguments(cu, H=H, Hq=H, K=K, V=V)
