@@ -472,14 +472,24 @@ def int4_prepack(
     N, K, prepacked = _check_weights(w_packed, w_scale, w_zero, group, None)
     if prepacked:
         raise ValueError("w_packed: expected shape [N, K / 2], got weights that are prepacked")
-    code = jnp.stack((w_packed & 15, w_packed >> 4), axis=2).reshape(N, K).astype(jnp.int16)
-    code = jnp.pad(code, ((0, 0), (0, -K % BLOCK_K)), constant_values=8)
-    code = code.reshape(N, _lib.cdiv(K, BLOCK_K), 4, PLANE).transpose(1, 2, 0, 3)
+    blocks = _lib.cdiv(K, BLOCK_K)
+    if K % BLOCK_K:
+        w_packed = jnp.pad(w_packed, ((0, 0), (0, -K % BLOCK_K // 2)), constant_values=0x88)
+    code = _codes(w_packed).astype(jnp.int16).reshape(N, blocks, 4, PLANE).transpose(1, 2, 0, 3)
     words = code[:, 0] | code[:, 1] << 4 | code[:, 2] << 8 | code[:, 3] << 12
     if w_zero is not None:
-        w_zero = jnp.stack((w_zero & 15, w_zero >> 4), axis=2).reshape(N, 2 * w_zero.shape[1])
-        w_zero = w_zero[:, : K // group].T
+        w_zero = _codes(w_zero)[:, : K // group].T
     return words, w_scale.T, w_zero
+
+
+def _codes(packed: jax.Array) -> jax.Array:
+    """uint8 [rows, n] -> [rows, 2n], the low nibble first.
+
+    By a shift that differs, which XLA computes in place; of two stacked arrays it asks for each
+    element which one it is from.
+    """
+    shift = 4 * lax.iota(jnp.uint8, 2)
+    return (packed[:, :, None] >> shift & 15).reshape(len(packed), 2 * packed.shape[1])
 
 
 def _prepacked(
