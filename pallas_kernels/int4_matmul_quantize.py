@@ -16,7 +16,8 @@ the point, has the ties where they belong. The test goes through all of them.
 
 10 instructions an element take an H200 23 us for [8192, 8192], whose bytes take 41 us.
 
-Zero points leave the kernel one to a byte; XLA puts two together, a 256th of the bytes.
+Groups are taken without regard to rows. Where a row's zero points are not whole words, XLA fills
+those up, in a 256th of the bytes.
 
 Twin: triton_kernels/int4_matmul_quantize.py.
 
@@ -36,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import vector
+from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import llvm
 
 from . import _lib
@@ -153,12 +154,55 @@ def _packed(bits: jax.Array, none: jax.Array, keep: jax.Array, group: int, fill:
     )
 
 
+def _paired(zero: jax.Array, group: int) -> jax.Array:
+    """int32 [groups] as _layout(group, 8) leaves them -> uint8 [groups / 2], the first one low.
+
+    By hand: neighbours are in other lanes.
+    """
+    groups, lanes = _tile(group)
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((groups // 2,), (groups // 8,), (1,))),
+        warp_dims=(-3,),
+        lane_dims=(-2, plgpu.Replicated(2 * lanes)),
+        vector_dim=-1,
+    )
+
+    def pair(_: Any, x: Any) -> Any:
+        word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+        ptx = f"""{{
+            .reg .b32 lane, even, odd;
+            mov.u32 lane, %laneid;
+            and.b32 even, lane, {31 - lanes};
+            or.b32 odd, lane, {lanes};
+            shfl.sync.idx.b32 even, $1, even, 31, -1;
+            shfl.sync.idx.b32 odd, $1, odd, 31, -1;
+            mad.lo.u32 $0, odd, 16, even;
+        }}"""
+        (own,) = x.registers.flat
+        both = llvm.inline_asm(
+            word, [vector.extract(own, [], [0])], ptx, "=r,r", has_side_effects=True
+        )
+        registers = np.full(layout.to_mgpu().registers_shape((groups // 2,)), None, dtype=object)
+        registers.fill(vector.broadcast(ir.VectorType.get((1,), byte), arith.trunci(byte, both)))
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout.to_mgpu(), _is_signed=False
+        )
+
+    def in_jax(zero: jax.Array) -> jax.Array:
+        return (zero[0::2] | zero[1::2] << 4).astype(jnp.uint8)
+
+    pair.in_jax = in_jax
+    like = plgpu.ShapeDtypeStruct((groups // 2,), jnp.uint8, layout=layout)
+    own = _layout(group, 8).reduce(1)
+    return plgpu.inline_mgpu(arg_types=(own,), return_type=like)(pair)(zero)
+
+
 def _int4_quantize_kernel(*refs: Any, symmetric: bool) -> None:
     given = iter(refs)
     w_gmem = next(given)  # [1, all groups, group]
     packed_gmem = next(given)  # [1, all groups, group / 2] uint8
     scale_gmem = next(given)  # [room for all groups]
-    zero_gmem = None if symmetric else next(given)  # [room for all groups] uint8
+    zero_gmem = None if symmetric else next(given)  # [half of that] uint8, two to a byte
     w_smem = next(given)  # [groups of a block, group]
     packed_smem = next(given)  # [groups of a block, group / 2]
     full = next(given)  # barrier: TMA has filled it
@@ -207,7 +251,8 @@ def _int4_quantize_kernel(*refs: Any, symmetric: bool) -> None:
         at = pl.ds(start + i * groups, groups)
         scale_gmem[at] = scale
         if zero_gmem is not None:
-            zero_gmem[at] = zero.astype(jnp.uint8)
+            at = pl.ds((start + i * groups) // 2, groups // 2)
+            zero_gmem[at] = _paired(zero, group)
     plgpu.commit_smem()
     _lib.store_row_chunk(packed_smem, packed_gmem, 0, start)
     plgpu.wait_smem_to_gmem(0)
@@ -228,7 +273,7 @@ def quantized(w: jax.Array, group: int, symmetric: bool) -> list[jax.Array]:
         out_type=[
             jax.ShapeDtypeStruct((1, total, group // 2), jnp.uint8),
             jax.ShapeDtypeStruct((blocks * of_block,), dtype),
-            *([] if symmetric else [jax.ShapeDtypeStruct((blocks * of_block,), jnp.uint8)]),
+            *([] if symmetric else [jax.ShapeDtypeStruct((blocks * of_block // 2,), jnp.uint8)]),
         ],
         scratch_types=[
             plgpu.SMEM((of_block, group), dtype),
@@ -240,10 +285,13 @@ def quantized(w: jax.Array, group: int, symmetric: bool) -> list[jax.Array]:
         compiler_params=_lib.ROW_PARAMS,
         kernel_name="int4_quantize_kernel",
     )(w.reshape(1, total, group))
-    scale, *zero = (values[:total].reshape(N, groups) for values in of_groups)
-    found = [packed.reshape(N, K // 2), scale]
-    if not symmetric:
-        fill = ((0, 0), (0, -groups % 8))
-        words = jnp.pad(zero[0], fill, constant_values=8).reshape(N, -1, 2)
-        found.append(words[:, :, 0] | words[:, :, 1] << 4)
+    scale, *zero = of_groups
+    found = [packed.reshape(N, K // 2), scale[:total].reshape(N, groups)]
+    if not symmetric and groups % 8 == 0:
+        found.append(zero[0][: total // 2].reshape(N, groups // 2))
+    elif not symmetric:  # rows of whole words: taken apart, filled up, put together again
+        each = zero[0][:, None] >> 4 * lax.iota(jnp.uint8, 2) & 15
+        each = each.reshape(-1)[:total].reshape(N, groups)
+        each = jnp.pad(each, ((0, 0), (0, -groups % 8)), constant_values=8).reshape(N, -1, 2)
+        found.append(each[:, :, 0] | each[:, :, 1] << 4)
     return list(_lib.vary_alike(*found, w)[:-1])
