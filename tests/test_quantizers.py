@@ -176,11 +176,44 @@ def test_int8_codes_are_right_for_all_mantissas(dtype, bits: int):
     assert ties  # (there were some to get wrong)
 
 
+def test_int8_codes_are_right_for_all_of_bfloat16():
+    """Every x under tops of all exponents, scaled in bfloat16 as on a GPU; nothing is clipped."""
+    int8 = PALLAS["int8_quantize"]
+    rng = np.random.default_rng(3)
+    tops = np.concatenate([np.arange(1, 90, 9), rng.integers(90, 0x7F80, 90)])
+    for top in tops.astype(np.uint16):
+        x = np.arange(top + 1, dtype=np.uint16).view(BF16)
+        scale = x[-1:].astype(np.float32) / np.float32(127)
+        # XLA on a CPU makes zeros of what is below float32's normal numbers: scaled in NumPy
+        power = (np.int32(254 << 23) - (scale.view(np.int32) & 0x7F800000)).view(np.float32)
+        divisor = jnp.asarray(scale * power)
+        reciprocal, rest = (
+            np.asarray(factor * int8._power(divisor)) for factor in int8._factors(divisor)
+        )
+        scaled = (x * power.astype(BF16)).astype(np.float32)
+        quotient = scaled * reciprocal + scaled * rest
+        codes = (quotient + np.float32(12582912)).view(np.int32).astype(np.int8)
+        same(codes, formats.int8_quantize(x[None], axis=-1)[0][0])
+
+
+@TWINS
+def test_e4m3_codes_are_right_for_all_mantissas_of_float16(side: str):
+    x = np.random.default_rng(4).uniform(-1, 1, (1024, 128)).astype(HALF)
+    x[:, 7] = mantissas(10) / np.float32(1024)
+    q, scale = call(side, "fp8_quantize", "fp8_quantize_rows", x)
+    want = formats.fp8_quantize_rows(x)
+    same(q, want[0])
+    same(scale, want[1])
+
+
 def test_e4m3_scales_and_reciprocals_are_right_for_all_mantissas():
     fp8 = PALLAS["fp8_quantize"]
     top = np.concatenate([mantissas(10), mantissas(10) * np.float32(2.0**-30)])
     scale = np.maximum(top, np.float32(1e-4)) / np.float32(448)
     same(np.asarray(fp8._scale(jnp.asarray(top), False)), scale)
+    first, last = top * np.float32(585 / 2**18), top * np.float32(1 / (448 * 2**12))
+    for fused in (np.float64(top) * np.float32(585 / 2**18) + last, np.float64(last) + first):
+        same(np.maximum(fused.astype(np.float32), np.float32(1e-4 / 448)), scale)
     want = np.float32(1) / scale
     same(np.asarray(fp8._reciprocal(jnp.asarray(scale))), want)
     # Mosaic's 1 / x is up to two units off: Newton's step must not mind, fused or not
@@ -194,6 +227,9 @@ def test_e4m3_scales_and_reciprocals_are_right_for_all_mantissas():
         low = near - high
         left = np.float32(1) - high * first - high * last - low * first - low * last
         same((near + left * near) * power, want)
+        same((np.float64(left) * near + near).astype(np.float32) * power, want)
+        # Triton's step: both sums fused
+        left = (1 - np.float64(divisor) * near).astype(np.float32)
         same((np.float64(left) * near + near).astype(np.float32) * power, want)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _lib
-from .fp8_quantize import _e4m3, _larger, _reciprocal, _times
+from .fp8_quantize import _e4m3, _larger, _largest, _reciprocal, _times
 from .fp8_quantize import _scale as _e4m3_scale
 from .int8_quantize import _codes
 
@@ -151,7 +151,7 @@ def _hadamard_kernel(
             largest = tl.abs(acc[0] * factors[0])
             for p in tl.static_range(1, parts):
                 largest = _larger(largest, tl.abs(acc[p] * factors[p]))
-            top = tl.reduce(largest, 1, _larger).to(dtype).to(tl.float32)  # [block_m]
+            top = _largest(largest, 1).to(dtype).to(tl.float32)  # [block_m]
             if fmt == "int8":
                 scale = tl.div_rn(top, 127.0)
                 scale = tl.where(scale == 0.0, 1.0, scale)

@@ -76,13 +76,13 @@ class Config:
 
 def default_config(R: int, N: int, dtype: torch.dtype) -> Config:
     """The Config for R rows (or groups) of N columns on a Hopper."""
-    del R
+    del R, dtype
     # A row is up to 8 tiles of 8 elements for each thread, loads of 16 bytes that are in flight
     # together; a tile as long as the row would be a power of two, and 14336 is none. Short rows
-    # share a tile of 16 KB.
-    block_n = min(max(16, _lib.power_of_2(N)), 2048 if N <= KEPT * 2048 else 4096)
-    block_m = max(1, 8192 // block_n) if N <= 2048 else 1
-    return Config(block_m, block_n, 16 if block_n == 4096 else 8)
+    # share 16 KB.
+    columns = max(16, _lib.power_of_2(N))
+    block_n = min(columns, 2048 if N <= KEPT * 2048 else 4096)
+    return Config(max(1, 8192 // columns), block_n, 16 if block_n == 4096 else 8)
 
 
 @triton.jit
@@ -93,6 +93,15 @@ def _magnitude(x):
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(magnitude, axis: tl.constexpr):
+    """The largest of float32 magnitudes along an axis, NaN where there is one."""
+    if INTERPRETING:  # fast with tl.max, which passes over NaN; as whole numbers NaN is on top
+        bits = tl.max(magnitude.to(tl.int32, bitcast=True), axis)
+        return bits.to(tl.float32, bitcast=True)
+    return tl.reduce(magnitude, axis, _larger)
 
 
 @triton.jit
@@ -186,7 +195,7 @@ def _int8_quantize_kernel(
             largest = _larger(largest, _magnitude(x))
 
     # --- 3. epilogue
-    scale = tl.div_rn(tl.reduce(largest, 1, _larger), 127.0)  # [block_m]
+    scale = tl.div_rn(_largest(largest, 1), 127.0)  # [block_m]
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scale_ptr + m, scale, mask=m < R)
 
