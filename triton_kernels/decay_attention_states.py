@@ -200,6 +200,20 @@ def load_state(
 
 
 @triton.jit
+def store_state(
+    S, tile, at, k0, v0, K: tl.constexpr, V: tl.constexpr,
+    block_k: tl.constexpr, block_v: tl.constexpr, tma: tl.constexpr,
+):  # fmt: skip
+    """tile [block_k, block_v] where load_state would load it from, but for keys from k0 on."""
+    if tma:
+        S.store([at, k0, v0], tile.to(S.dtype).reshape(1, block_k, block_v))
+    else:
+        k, v = k0 + tl.arange(0, block_k), v0 + tl.arange(0, block_v)
+        exist = (k < K)[:, None] & (v < V)[None, :]
+        tl.store(state_ptr(S, at, 0, 1, k, v, K, V), tile.to(S.dtype.element_ty), exist)
+
+
+@triton.jit
 def constant_decay(g_ptr, h):
     """g of head h in units of log 2; RetNet's where none is given."""
     if g_ptr is None:
@@ -254,7 +268,7 @@ def _decay_attention_states_kernel(
     u_ptr,  # as b_ptr; [H, slots, chunk] float32 if constant; None without u
     cu_ptr,  # [B + 1] int32
     enters_ptr,  # [spans, H, K, V] float32 or None: the state that enters each span
-    each_ptr,  # [slots, H, K, V] or None: the state that enters each chunk
+    each,  # [slots * H, K, V] as state_operand gives it, or None: the state that enters each chunk
     leaves_ptr,  # [B, H, K, V] float32 or None, or [spans, ..] with total_ptr: the one that leaves
     total_ptr,  # [spans, H] float32 or None: the logarithm of the decay over the span
     T, B, span, slots, H, group, scale, stride_x, stride_y,
@@ -273,10 +287,11 @@ def _decay_attention_states_kernel(
     s, first, end, begins, ends, slot = find_span(cu_ptr, p, T, B, span, chunk, block_b)
     if s < 0:
         return
-    exist = (k < K)[:, None] & (v < V)[None, :]
-    S = tl.zeros((block_k, block_v), tl.float32)
+    exist = (v < V)[:, None] & (k < K)[None, :]
+    S = tl.zeros((block_v, block_k), tl.float32)  # transposed: the smaller operand has the weights
     if enters_ptr is not None:
-        S = tl.load(state_ptr(enters_ptr, p, h, H, k, v, K, V, transposed), exist, 0.0)
+        at = state_ptr(enters_ptr, p, h, H, v, k, V, K, not transposed)
+        S = tl.load(at, exist, 0.0)
     total = 0.0
     lane = tl.arange(0, chunk)
 
@@ -293,11 +308,10 @@ def _decay_attention_states_kernel(
         n = tl.minimum(end - t0, chunk)
         b, b_n, u = decays(b_ptr, u_ptr, h, slot + ci, slots, n, lane, constant)
         w = scale * tl.exp2(b) if reverse else tl.exp2(b_n - b) * u
-        if each_ptr is not None:
-            at = state_ptr(each_ptr, slot + ci, h, H, k, v, K, V)
-            tl.store(at, S.to(each_ptr.dtype.element_ty), exist)
-        x = (x.to(tl.float32) * w[:, None]).to(x.dtype)
-        S = tl.dot(x.T, y, S * tl.exp2(b_n))
+        if each is not None:
+            store_state(each, S.T, (slot + ci) * H + h, k0, v0, K, V, block_k, block_v, tma)
+        y = (y.T.to(tl.float32) * w[None, :]).to(y.dtype)
+        S = tl.dot(y, x, S * tl.exp2(b_n))
         total += b_n
 
     # --- 3. epilogue
@@ -310,7 +324,8 @@ def _decay_attention_states_kernel(
     # --- 4. store
     if leaves_ptr is not None:
         if leaving:
-            tl.store(state_ptr(leaves_ptr, at, h, H, k, v, K, V, transposed), S, exist)
+            to = state_ptr(leaves_ptr, at, h, H, v, k, V, K, not transposed)
+            tl.store(to, S, exist)
 
 
 @triton.jit
@@ -372,6 +387,8 @@ def launch_states(
     block_k, block_v = min(128, _lib.power_of_2(K)), min(block_v, _lib.power_of_2(V))
     grid = most_spans(T, B, span) * H * _lib.cdiv(K, block_k) * _lib.cdiv(V, block_v)
     tma = tma_ready(x, y)
+    if each is not None:
+        each = state_operand(each, block_k, block_v, tma)
     _decay_attention_states_kernel[(grid,)](
         operand(x, chunk, block_k, tma), operand(y, chunk, block_v, tma), decay[0], u, cu_seqlens,
         enters, each, leaves, total, T, B, span, most_spans(T, B, chunk), H, H // Hq, scale,
