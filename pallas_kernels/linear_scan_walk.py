@@ -37,7 +37,7 @@ def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[
         if chunks * blocks >= 120:
             break
     else:
-        chunks = max(1, 132 // blocks)
+        chunks = max(1, most // blocks)
     return block_c, min(chunks, _lib.cdiv(T, 64))
 
 

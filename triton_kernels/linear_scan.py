@@ -105,15 +105,12 @@ class Config:
 
 def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd") -> Config:
     """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
-    # 8 rows of two channels, of this tile and the next, are what 128 registers hold; 4 where they
-    # are wider or a backward has more arrays. Programs of narrow tiles are alone on their
-    # multiprocessor: more warps, for as many bytes in flight.
-    block_c, chunks = tiling(T, W, B, (64, 32), 4 * 132)
-    fewer = 1 + (which == "bwd" and (dtype.itemsize == 4 or block_c == 32))
-    if block_c == 64:
-        return Config(32 // fewer, block_c, chunks)
-    warps = next((w for w in (16, 8) if 16 * w * chunks <= T), 4)
-    return Config(16 * warps // fewer, block_c, chunks, warps, programs=1)
+    # 8 rows of two channels, of this tile and the next, are what 128 registers hold; half as many
+    # where they are wider, or twice as many where there are 200 registers.
+    block_c, chunks, warps, programs = tiling(T, W, B, which == "fwd")
+    rows = 8 if warps * programs > 10 else 16
+    rows //= 1 + (which == "bwd" and (dtype.itemsize == 4 or block_c == 32))
+    return Config(64 * warps // block_c * rows, block_c, chunks, warps, programs)
 
 
 @triton.jit

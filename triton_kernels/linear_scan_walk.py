@@ -17,22 +17,25 @@ from torch import Tensor
 from . import _lib
 
 
-def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[int, int]:
-    """(block_c, chunks) for T tokens in B sequences of W channels: the widest tiles that fill a GPU
-    with at most `most` programs, in chunks that cut no sequence where all are alike.
+def tiling(T: int, W: int, B: int, alone: bool) -> tuple[int, int, int, int]:
+    """(block_c, chunks, warps, programs) for T tokens in B sequences of W channels: chunks that cut
+    no sequence where all are alike, if such programs keep 132 multiprocessors equally busy; else as
+    many chunks as fit. A chunk that ends within a sequence has the rest of that chunk read twice.
 
-    A chunk that ends within a sequence has the rest of that chunk read twice.
+    alone: a multiprocessor may have a single program. programs: how many a multiprocessor has.
     """
-    block_c, blocks, chunks = widths[0], 0, 1
-    for block_c in widths:
-        blocks = _lib.cdiv(W, block_c)
-        fit = (d for d in range(1, B + 1) if B % d == 0 and d * blocks <= most)
-        chunks = max(fit, default=1)
-        if chunks * blocks >= 120:
+    for block_c in (64, 32):
+        blocks, most = _lib.cdiv(W, block_c), 4 * 132 * 64 // block_c
+        chunks = max((d for d in range(1, B + 1) if B % d == 0 and d * blocks <= most), default=1)
+        programs = _lib.cdiv(chunks * blocks, 132)
+        if chunks * blocks > 0.85 * 132 * programs and (alone or programs > 1):
             break
     else:
-        chunks = max(1, 132 // blocks)
-    return block_c, min(chunks, _lib.cdiv(T, 64))
+        most = _lib.cdiv(T, 64)  # shorter ones would be all overhead
+        block_c = 64 if _lib.cdiv(W, 64) * most >= 4 * 132 else 32
+        chunks, programs = min(max(1, 4 * 132 // _lib.cdiv(W, block_c)), most), 4
+    warps = 8 if programs == 1 else 4 if programs <= 4 else 2
+    return block_c, chunks, warps, programs
 
 
 def launch_sizes(T: int, W: int, tiles: Any) -> tuple[int, tuple[int, int]]:

@@ -62,13 +62,12 @@ class Config(_ScanConfig):
 
 def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd") -> Config:
     """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
-    # 8 rows of two channels for each thread, 4 of what takes more registers. Programs of narrow
-    # tiles are alone on their multiprocessor, and have registers for 8.
-    block_c, chunks = tiling(T, W, B, (64, 32), 4 * 132)
-    if block_c == 64:
-        return Config(16 if which == "bwd" or dtype.itemsize == 4 else 32, block_c, chunks)
-    warps = 8 if 128 * chunks <= T else 4
-    return Config(16 * warps, block_c, chunks, warps, programs=1)
+    # 8 rows of two channels for each thread, half as many of what takes more registers, or twice as
+    # many where there are 200.
+    block_c, chunks, warps, programs = tiling(T, W, B, which == "fwd")
+    rows = 8 if warps * programs > 10 else 16
+    rows //= 1 + (which == "bwd" or dtype.itemsize == 4)
+    return Config(64 * warps // block_c * rows, block_c, chunks, warps, programs)
 
 
 @triton.jit
