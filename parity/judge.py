@@ -7,8 +7,9 @@ With r the float64 oracle, e(y) = ||y - r|| / ||r|| and e* = e(model), an output
   a sum may come to 0 by chance, and does among 10^9: there the rest of its row says what float32
   may leave, a millionth; a row of zeros (no terms) allows nothing. In attention and scans the
   factors of a sum are 16 bits wide: two or three terms of up to four times their row's size may
-  cancel, so 0 may stand where r is below four of their roundings. In scans whole sums cancel, as
-  where a gate weighs no state: what float64 leaves of them, beside the largest element, is 0 too;
+  cancel, so 0 may stand where r is below four of their roundings; so it is with a gather's
+  gradient, which adds a few rows of 16 bits. In scans whole sums cancel, as where a gate weighs no
+  state: what float64 leaves of them, beside the largest element, is 0 too;
 * e(y) <= 1.5 e* + 1e-6 over the whole array, and <= 3 e* + floor in every tile of 64 rows: one bad
   tile cannot hide in a norm;
 * no element is off by more than ten times that, measured against the largest element;
@@ -116,7 +117,7 @@ def judge(
         rows = slice(start, start + step)
         yb, rb = xp.astype(y[rows, :], xp.float64), r[rows, :]
         stored = _stored(xp, rb, spec.dtype)
-        wrong = ~_same_kind(xp, yb, rb, stored, family, spec.dtype)
+        wrong = ~_same_kind(xp, yb, rb, stored, family, spec)
         if bool(xp.any(wrong)):
             at = _first(xp, wrong, start)
             got, want = (float(v[at[0] - start, at[1]]) for v in (yb, rb))
@@ -206,7 +207,7 @@ def wrong_elements(
     allowed = max(3 * yardstick + FLOOR, limit(family, spec, yardstick, terms))
     row = np.sqrt((truth**2).mean(axis=1, keepdims=True))
     far = np.abs(np.where(finite, y, 0.0) - truth) > 4 * allowed * np.maximum(np.abs(truth), row)
-    return ~_same_kind(np, y, r, stored, family, spec.dtype) | far, allowed
+    return ~_same_kind(np, y, r, stored, family, spec) | far, allowed
 
 
 def judge_exact(output: str, y: Any, r: Any, spec: Array) -> Verdict:
@@ -308,10 +309,10 @@ def _stored(xp: Any, x: Any, dtype: str) -> Any:
         return xp.astype(xp.astype(x, dtype_named(xp, dtype)), xp.float64)
 
 
-def _same_kind(xp: Any, y: Any, r: Any, stored: Any, family: str, dtype: str) -> Any:
+def _same_kind(xp: Any, y: Any, r: Any, stored: Any, family: str, spec: Array) -> Any:
     """True where y is finite, NaN, infinite or zero as the truth is."""
-    rounded = family in ("attention", "scan")
-    least = max(1e-3, 4 * ROUNDING.get(dtype, 0.0)) if rounded else 1e-3
+    rounded = spec.few or family in ("attention", "scan")
+    least = max(1e-3, 4 * ROUNDING.get(spec.dtype, 0.0)) if rounded else 1e-3
     finite = xp.isfinite(stored)
     size = xp.where(finite, xp.abs(r), xp.zeros_like(r))
     row = xp.sqrt(xp.mean(size**2, axis=1 if r.shape[1] > 1 else 0, keepdims=True))

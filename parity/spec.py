@@ -183,12 +183,13 @@ Descriptor = Normal | Uniform | Integers | Keep | Routing | Given
 class Array:
     """Shape and dtype of an output or a gradient; exact: one answer is right, every bit of it, as
     with whole numbers of any dtype; of: gradients of gates, in float32, out of products of this
-    dtype."""
+    dtype; few: sums of a few terms that have been rounded to the dtype themselves."""
 
     shape: tuple[int, ...]
     dtype: str
     exact: bool = False
     of: str = ""
+    few: bool = False
 
 
 @dataclass(frozen=True)

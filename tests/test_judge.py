@@ -140,17 +140,21 @@ def test_zeros_where_the_truth_is_what_cancelling_left(family, left, ok):
     assert ok or verdict.reason == "zeros"
 
 
-@pytest.mark.parametrize(("family", "at", "ok"), [
-    ("attention", 0.012, True),  # two terms of bfloat16 factors that cancel
-    ("attention", 0.02, False),
-    ("norm", 0.012, False),
+@pytest.mark.parametrize(("family", "few", "at", "ok"), [
+    ("attention", False, 0.012, True),  # two terms of bfloat16 factors that cancel
+    ("attention", False, 0.02, False),
+    ("norm", False, 0.012, False),
+    ("gemm", True, 0.012, True),  # two rows of bfloat16
+    ("gemm", True, 0.02, False),
+    ("gemm", False, 0.012, False),
 ])  # fmt: skip
-def test_zeros_of_sums_of_rounded_factors(family, at, ok):
+def test_zeros_of_sums_of_rounded_factors(family, few, at, ok):
     r = np.random.default_rng(0).standard_normal((64, 64))
     r[3, 5] = at
     y = r.astype(ml_dtypes.bfloat16)
     y[3, 5] = 0
-    verdict = judge("o", y, r, r, Array(r.shape, "bfloat16"), family=family, terms=2)
+    spec = Array(r.shape, "bfloat16", few=few)
+    verdict = judge("o", y, r, r, spec, family=family, terms=2)
     assert verdict.ok is ok, verdict
     assert ok or (verdict.reason, verdict.first_wrong) == ("zeros", (3, 5))
 

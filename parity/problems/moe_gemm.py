@@ -173,7 +173,7 @@ def cotangents(work: Workload) -> dict:
 
 def grads(work: Workload) -> dict[str, Array]:
     found = {
-        "dx": Array(_x_shape(work), work.dtype),
+        "dx": Array(_x_shape(work), work.dtype, few="rows" not in work.absent),
         "dw": Array(_weights(work), work.dtype),
         "dbias": Array((work["E"], work["N"]), work.dtype),
         "drow_scale": Array((work["M"],), "float32"),
