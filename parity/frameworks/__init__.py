@@ -139,8 +139,13 @@ def interpreted() -> bool:
 
 
 def gpu() -> None:
-    """Puts this process into GPU mode: jax leaves the memory pool to be shared with torch."""
+    """Puts this process into GPU mode: jax leaves the memory pool to be shared with torch.
+
+    Its pool grows by doubling, and never shrinks: without a bound it would have taken half of the
+    memory for a fifth, and left torch no room for the truth in float64.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")
 
 
 def load_target(target: str) -> tuple[Callable[..., Any], ModuleType]:
