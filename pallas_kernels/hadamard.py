@@ -173,7 +173,7 @@ def _hadamard_kernel(
 
             if fmt == "int8":
                 scale = _int8_scale(top)
-                y = _codes(y, scale, _factors(scale), along)
+                y = _codes(y, scale, _factors(top, scale, dtype), along)
             else:
                 scale = _e4m3_scale(top, False)
                 # All bits, which a compiler cannot know. It would lift y again without packing it,

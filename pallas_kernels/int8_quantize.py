@@ -10,11 +10,14 @@
     a group that is no more than a warp reads at once (512 bytes, a power of two) stays within its
     warp, and lanes take a group each for its scale; others count as rows, x [M * K / group, group]
 
-Both quotients are those of float32, correctly rounded, though no element is divided: it is
-multiplied by 1 / scale as the sum of two float32, the first of 12 bits. Its product with the 11
-bits of x is exact, and the sum comes within 2^-34 of the quotient, whether or not a compiler fuses
-it; next to a tie nothing else lies within 2^-19. A test goes through all mantissas of both types.
-No quotient of x from these types rounds to more than 127: nothing is left to clip.
+Both quotients are those of float32, correctly rounded, though no element is divided.
+float16: x is multiplied by 1 / scale as the sum of two float32, the first of 12 bits. Its product
+with the 11 bits of x is exact, and the sum comes within 2^-34 of the quotient, whether or not a
+compiler fuses it; next to a tie nothing else lies within 2^-19.
+bfloat16: one product. Where top is no multiple of 127 the only tie is top / 2, 63.5 but for what
+rounding did to scale: the reciprocal is moved three units to the side that top / scale rounds to.
+Else scale is a power of two. No other quotient is so near a tie that the units would matter.
+Tests go through all mantissas of both types. None rounds to more than 127: nothing is clipped.
 
 Of a row longer than its slots, they keep the end, and only the beginning is read again.
 
@@ -89,10 +92,16 @@ def _leading_bits(x: Any) -> Any:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _factors(scale: Any) -> tuple[Any, Any]:
-    """Both parts of 1 / (scale * _power(scale)), the first of 12 bits; of 1 if not known."""
+def _factors(top: Any, scale: Any, dtype: Any) -> tuple[Any, ...]:
+    """What a scaled x is multiplied by: one for bfloat16, else both parts of 1 / scale."""
     scale = jnp.where(_known(scale), scale, 1.0)
-    divisor = scale * _power(scale)
+    power = _power(scale)
+    divisor = scale * power
+    if dtype == jnp.bfloat16:
+        left = top * power - 128 * divisor + divisor  # top - 127 * scale, all of it exact
+        units = jnp.where(left == 0, 0, jnp.where(left < divisor * -(2.0**-18), -3, 3))
+        inverse = lax.bitcast_convert_type(1.0 / divisor, jnp.int32) + units
+        return (lax.bitcast_convert_type(inverse, jnp.float32),)
     reciprocal = _leading_bits(1.0 / divisor)
     first = _leading_bits(divisor)
     rest = 1.0 - reciprocal * first - reciprocal * (divisor - first)  # all of it exact
@@ -110,7 +119,7 @@ def _known(scale: Any) -> Any:
     return (lax.bitcast_convert_type(scale, jnp.int32) & 0x7F800000) != 0x7F800000
 
 
-def _codes(x: Any, scale: Any, factors: tuple[Any, Any], along: Any) -> Any:
+def _codes(x: Any, scale: Any, factors: Any, along: Any) -> Any:
     """The codes of a tile x [runs, piece] for scale [runs]; along: [runs] -> [runs, piece]."""
     keep = jnp.where(_known(scale), -1, 0).astype(jnp.int16)
     x = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int16) & along(keep), x.dtype)
@@ -119,8 +128,8 @@ def _codes(x: Any, scale: Any, factors: tuple[Any, Any], along: Any) -> Any:
         scaled = (x * along(power.astype(x.dtype))).astype(jnp.float32)
     else:
         scaled = x.astype(jnp.float32) * along(power)
-    reciprocal, rest = factors
-    quotient = scaled * along(reciprocal) + scaled * along(rest)
+    quotient, *rest = (scaled * along(factor) for factor in factors)
+    quotient = functools.reduce(jnp.add, rest, quotient)
     # Adding 1.5 * 2^23 rounds to a whole number, which the low bits hold in two's complement.
     return lax.bitcast_convert_type(quotient + 12582912.0, jnp.int32).astype(jnp.int8)
 
@@ -220,8 +229,9 @@ def _int8_quantize_kernel(
             stats_smem[wg, 0, pl.ds(i * runs, runs)] = top
         plgpu.commit_smem()
         lanes = plgpu.Layout.WG_STRIDED(stats_smem.shape[2:], vec_size=1)
-        scale = _scale(plgpu.load(stats_smem.at[wg, 0], layout=lanes))
-        for j, factor in enumerate((scale, *_factors(scale))):
+        top = plgpu.load(stats_smem.at[wg, 0], layout=lanes)
+        scale = _scale(top)
+        for j, factor in enumerate((scale, *_factors(top, scale, x_smem.dtype))):
             stats_smem[wg, j] = factor
         plgpu.commit_smem()
 
@@ -234,10 +244,11 @@ def _int8_quantize_kernel(
         plgpu.barrier_arrive(met.at[group])
         plgpu.barrier_wait(met.at[group])
         tops = [stats_smem[group * split + i, run] for i in range(split) for run in range(runs)]
-        scale = _scale(functools.reduce(jnp.maximum, tops))
+        top = functools.reduce(jnp.maximum, tops)
+        scale = _scale(top)
         row_scale = [
             plgpu.layout_cast(jnp.full((runs,), factor), layout.reduce(1))
-            for factor in (scale, *_factors(scale))
+            for factor in (scale, *_factors(top, scale, x_smem.dtype))
         ]
 
         @pl.when(jnp.logical_and(part == 0, row < R))
@@ -258,7 +269,7 @@ def _int8_quantize_kernel(
 
         for i in tiles:
             if grouped:
-                scale, *factors = (of_groups(j, i) for j in range(3))
+                scale, *factors = (of_groups(j, i) for j in range(stats_smem.shape[1]))
 
                 @pl.when(row < R)
                 def _(i=i, scale=scale):
@@ -295,7 +306,8 @@ def _quantize(x: jax.Array, grouped: bool, config: Config | None) -> tuple[jax.A
     # Beyond the last group of a row there is room for those that fill its last chunk.
     room = _lib.cdiv(columns, split * pieces) * split * pieces
     # The largest of each run; or of each group, its scale and factors, a lane each.
-    stats = (3, _lib.cdiv(pieces, _lib.WARPGROUP) * _lib.WARPGROUP) if grouped else (runs,)
+    lanes = _lib.cdiv(pieces, _lib.WARPGROUP) * _lib.WARPGROUP
+    stats = (2 if x.dtype == jnp.bfloat16 else 3, lanes) if grouped else (runs,)
     q, scale = plgpu.kernel(
         functools.partial(_int8_quantize_kernel, R=R, grouped=grouped, config=config),
         out_type=(

@@ -161,7 +161,8 @@ def test_int8_codes_are_right_for_all_mantissas(dtype, bits: int):
     scale = top / np.float32(127)
     same(np.asarray(int8._scale(jnp.asarray(top))), scale)
     power = np.asarray(int8._power(jnp.asarray(scale)))[:, None]
-    reciprocal, rest = (np.asarray(f)[:, None] for f in int8._factors(jnp.asarray(scale)))
+    factors = int8._factors(jnp.asarray(top), jnp.asarray(scale), dtype)
+    factors = [np.asarray(factor)[:, None] for factor in factors]
     ties = 0
     for exponent in range(10):
         x = (mantissas(bits) * np.float32(2.0**-exponent))[None]
@@ -169,31 +170,45 @@ def test_int8_codes_are_right_for_all_mantissas(dtype, bits: int):
         quotient = x / (scale[:, None] * power)  # by a power of two on both sides
         want = np.rint(quotient)
         ties += np.count_nonzero(np.abs(quotient - want) == 0.5)
-        first, last = x * reciprocal, x * rest
-        fused = np.float64(x) * rest + first, np.float64(x) * reciprocal + last
-        for sum_ in (first + last, *(f.astype(np.float32) for f in fused)):
-            assert np.array_equal(np.rint(sum_), want)
+        for rounded in rounded_products(x, factors):
+            assert np.array_equal(rounded - MAGIC, want)
     assert ties  # (there were some to get wrong)
 
 
+MAGIC = np.float32(1.5 * 2**23)
+
+
+def rounded_products(x: np.ndarray, factors: list[np.ndarray]) -> list[np.ndarray]:
+    """x by one factor, or by the sum of two, plus MAGIC: whichever sum is fused, or none."""
+    if len(factors) == 1:
+        (factor,) = factors
+        return [x * factor + MAGIC, (np.float64(x) * factor + MAGIC).astype(np.float32)]
+    first, last = (x * factor for factor in factors)
+    fused = np.float64(x) * factors[1] + first, np.float64(x) * factors[0] + last
+    return [sum_ + MAGIC for sum_ in (first + last, *(f.astype(np.float32) for f in fused))]
+
+
 def test_int8_codes_are_right_for_all_of_bfloat16():
-    """Every x under tops of all exponents, scaled in bfloat16 as on a GPU; nothing is clipped."""
+    """Every x under tops of all exponents, scaled in bfloat16 as on a GPU; nothing is clipped. A
+    GPU's reciprocal may be two units off."""
     int8 = PALLAS["int8_quantize"]
     rng = np.random.default_rng(3)
-    tops = np.concatenate([np.arange(1, 90, 9), rng.integers(90, 0x7F80, 90)])
-    for top in tops.astype(np.uint16):
+    tops = np.concatenate([np.arange(1, 90, 9), np.arange(0x3F80, 0x4000, 5), [0x3FFE, 0x407E]])
+    for top in np.concatenate([tops, rng.integers(90, 0x7F80, 60)]).astype(np.uint16):
         x = np.arange(top + 1, dtype=np.uint16).view(BF16)
         scale = x[-1:].astype(np.float32) / np.float32(127)
         # XLA on a CPU makes zeros of what is below float32's normal numbers: scaled in NumPy
         power = (np.int32(254 << 23) - (scale.view(np.int32) & 0x7F800000)).view(np.float32)
-        divisor = jnp.asarray(scale * power)
-        reciprocal, rest = (
-            np.asarray(factor * int8._power(divisor)) for factor in int8._factors(divisor)
-        )
+        tops_and_scale = (jnp.asarray(v * power) for v in (x[-1:].astype(np.float32), scale))
+        (inverse,) = map(np.asarray, int8._factors(*tops_and_scale, BF16))
+        inverse = inverse * np.asarray(int8._power(jnp.asarray(scale * power)))
         scaled = (x * power.astype(BF16)).astype(np.float32)
-        quotient = scaled * reciprocal + scaled * rest
-        codes = (quotient + np.float32(12582912)).view(np.int32).astype(np.int8)
-        same(codes, formats.int8_quantize(x[None], axis=-1)[0][0])
+        want = formats.int8_quantize(x[None], axis=-1)[0][0]
+        exact = scale * power == np.exp2(np.rint(np.log2(scale * power)))
+        for off in (0,) if exact else (-2, 0, 2):
+            factor = (inverse.view(np.int32) + np.int32(off)).view(np.float32)
+            for rounded in rounded_products(scaled, [factor]):
+                same(rounded.view(np.int32).astype(np.int8), want)
 
 
 @TWINS

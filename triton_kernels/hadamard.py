@@ -163,7 +163,7 @@ def _hadamard_kernel(
         # --- 4. store
         for p in tl.static_range(parts):
             if fmt == "int8":
-                out = _codes(y[p], scale[:, None])
+                out = _codes(y[p], top[:, None], scale[:, None])
             elif fmt == "e4m3":
                 out = _e4m3(_times(y[p], inverse_scale))
             else:

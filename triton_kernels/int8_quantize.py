@@ -8,11 +8,14 @@
         top = max |x|, in all tiles; scale = top / 127
         x is still in registers (more than 8 tiles are not: walk again, from L1): codes
 
-Both quotients are those of float32, correctly rounded, though no element is divided: it is
-multiplied by 1 / scale as the sum of two float32, the first of 12 bits. Its product with the 11
-bits of x is exact, and the sum comes within 2^-34 of the quotient, whether or not a compiler fuses
-it; next to a tie nothing else lies within 2^-19. A test goes through all mantissas of both types.
-No quotient of x from these types rounds to more than 127: nothing is left to clip.
+Both quotients are those of float32, correctly rounded, though no element is divided.
+float16: x is multiplied by 1 / scale as the sum of two float32, the first of 12 bits. Its product
+with the 11 bits of x is exact, and the sum comes within 2^-34 of the quotient, whether or not a
+compiler fuses it; next to a tie nothing else lies within 2^-19.
+bfloat16: one product. Where top is no multiple of 127 the only tie is top / 2, 63.5 but for what
+rounding did to scale: the reciprocal is moved three units to the side that top / scale rounds to.
+Else scale is a power of two. No other quotient is so near a tie that the units would matter.
+Tests go through all mantissas of both types. None rounds to more than 127: nothing is clipped.
 
 Limits: from Ampere up; bfloat16 and float16.
 
@@ -48,6 +51,8 @@ SCALED_BF16 = tl.constexpr("""{ .reg .b32 pair, zero;
     fma.rn.bf16x2 pair, $2, $3, zero;
     mul.lo.u32 $0, pair, $4;
     and.b32 $1, pair, $7; }""")
+# Adding it rounds to a whole number, which the low bits hold in two's complement.
+MAGIC = tl.constexpr(1.5 * 2**23)
 LOW_BYTES = tl.constexpr("""{ .reg .b32 low, high;
     prmt.b32 low, $1, $2, 0x0040;
     prmt.b32 high, $3, $4, 0x0040;
@@ -146,21 +151,26 @@ def _low_bytes(x):
 
 
 @triton.jit
-def _codes(x, scale):
-    """The codes of x [block_m, block_n] for scale [block_m, 1]."""
+def _codes(x, top, scale):
+    """The codes of x [block_m, block_n] for max |x| and scale [block_m, 1]."""
     known = (scale.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000  # not infinite, not NaN
     scale = tl.where(known, scale, 1.0)
     bits = scale.to(tl.int32, bitcast=True)
     # By a power of two, so that neither reciprocals nor their rests leave float32's range.
     power = ((254 << 23) - (bits & 0x7F800000)).to(tl.float32, bitcast=True)
     divisor = scale * power
-    reciprocal = _leading_bits(1.0 / divisor)
-    first = _leading_bits(divisor)
-    rest = 1.0 - reciprocal * first - reciprocal * (divisor - first)  # all of it exact
     scaled = _scaled(x, power, known)
-    quotient = scaled * reciprocal + scaled * (rest / divisor)
-    # Adding 1.5 * 2^23 rounds to a whole number, which the low bits hold in two's complement.
-    return _low_bytes((quotient + 12582912.0).to(tl.int32, bitcast=True))
+    if x.dtype == tl.bfloat16:
+        left = top * power - 128 * divisor + divisor  # top - 127 * scale, all of it exact
+        units = tl.where(left == 0, 0, tl.where(left < divisor * -(2.0**-18), -3, 3))
+        inverse = (1.0 / divisor).to(tl.int32, bitcast=True) + units
+        rounded = scaled * inverse.to(tl.float32, bitcast=True) + MAGIC
+    else:
+        reciprocal = _leading_bits(1.0 / divisor)
+        first = _leading_bits(divisor)
+        rest = 1.0 - reciprocal * first - reciprocal * (divisor - first)  # all of it exact
+        rounded = scaled * reciprocal + scaled * (rest / divisor) + MAGIC
+    return _low_bytes(rounded.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -195,22 +205,25 @@ def _int8_quantize_kernel(
             largest = _larger(largest, _magnitude(x))
 
     # --- 3. epilogue
-    scale = tl.div_rn(_largest(largest, 1), 127.0)  # [block_m]
+    top = _largest(largest, 1)  # [block_m]
+    scale = tl.div_rn(top, 127.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scale_ptr + m, scale, mask=m < R)
 
     # --- 4. store
-    scale = scale[:, None]
+    top, scale = top[:, None], scale[:, None]
     if kept:
         for i in tl.static_range(kept):
             inside = (rows < R) & (i * block_n + n < N)
-            q = _codes(parts[i], scale)
+            q = _codes(parts[i], top, scale)
             tl.store(q_rows + i * block_n + n, q, mask=inside, eviction_policy="evict_first")
     else:
         for n0 in tl.range(0, N, block_n):
             inside = (rows < R) & (n0 + n < N)
             x = tl.load(x_rows + n0 + n, mask=inside, other=0.0, eviction_policy="evict_first")
-            tl.store(q_rows + n0 + n, _codes(x, scale), mask=inside, eviction_policy="evict_first")
+            tl.store(
+                q_rows + n0 + n, _codes(x, top, scale), mask=inside, eviction_policy="evict_first"
+            )
 
 
 def _fake(x, group, config):
