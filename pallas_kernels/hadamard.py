@@ -90,6 +90,8 @@ def _hadamard_kernel(
     block_m, stages = config.block_m, config.stages
     parts, dtype, layout = n // 64, x_smem.dtype, plgpu.Layout.WGMMA
     factor = 1 / math.sqrt(n)
+    # A power of two is exact before the sums too.
+    early = factor if n != 128 else 1.0
 
     wg = lax.axis_index("wg")
     first = lax.axis_index("sm") * config.warpgroups + wg
@@ -130,7 +132,7 @@ def _hadamard_kernel(
         both = both ^ (both >> 4)
         both = both ^ (both >> 2)
         both = both ^ (both >> 1)
-        signs = 1.0 if inverse else part_of_signs(p, 0)
+        signs = 1.0 if inverse else part_of_signs(p, 0) * early
         matrix = jnp.where((both & 1) == 0, signs, -signs)
         matrix_smem[p] = matrix.astype(dtype)
 
@@ -160,7 +162,7 @@ def _hadamard_kernel(
             ]
         if inverse:
             acc = [acc[p] * (part_of_signs(p, 1) * factor) for p in range(parts)]
-        else:
+        elif early == 1.0:
             acc = [one * factor for one in acc]
         acc = acc[0] if parts == 1 else jnp.concatenate(acc, axis=1)  # [block_m, n]
         y = acc.astype(dtype)

@@ -122,6 +122,8 @@ def _hadamard_kernel(
         else:
             signs = tl.load(signs_ptr + p * 64 + row).to(tl.float32)
             last = factor
+            if n != 128:  # a power of two: exact before the sums too
+                signs, last = signs * factor, 1.0
         matrix = tl.where((both & 1) == 0, signs, -signs).to(dtype)
         matrices, factors = matrices + (matrix,), factors + (last,)  # noqa: RUF005
     for mi in tl.range(
