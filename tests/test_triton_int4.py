@@ -237,8 +237,9 @@ def test_many_tokens_are_multiplied_by_weights_written_out(monkeypatch):
     monkeypatch.setattr(INT4, "DENSE_M", 16)
     w, arrays = quantized(40, 320, 64)
     x = normal(24, 320)
+    arrays = int4_prepack(*arrays, group=64)
     with launches() as launched:
-        y = int4_matmul(x, *int4_prepack(*arrays, group=64), group=64)
+        y = int4_matmul(x, *arrays, group=64)
     assert [launch.kernel for launch in launched] == ["_int4_dequantize_kernel", "_matmul_kernel"]
     assert error(y, x.double() @ w.T) < 5e-4
 

@@ -6,27 +6,37 @@
     for each tile of y, transposed, and each slice of K (`split_k` of them):
         for each 256 of K: the tile's 128 bytes a row, as 64 words of 16 bits
             for each nibble i of the words: a plane, W's columns 64 i .. 64 i + 63
-                w = (plane - zero) * scale          in registers, rounded to x's dtype
-                acc += w @ x_tile^T                 accumulated in float32
+                codes = plane - zero                          in registers, exact
+                up to 16 tokens:
+                    group_sum += codes @ x_tile^T             accumulated in float32
+                    after a group: acc += group_sum * scale
+                more:
+                    acc += (codes * scale) @ x_tile^T         weights rounded to x's dtype
         store round(acc + bias), or the slice's sums
     with slices, a second kernel adds them in their order
 
-W is on the left, for the tensor cores of Hopper multiply 64 rows by as few as 8 columns, and there
-are few tokens where this kernel matters. A plane needs no conversion: 128 + q in bfloat16 (1024 + q
-in float16) has a constant's bits with q's or-ed in, two at once with one instruction; zero is such
-a number too, and the difference is exact.
+W is on the left: its operand comes from registers, and there are few tokens where this kernel
+matters. A plane needs no conversion: 128 + q in bfloat16 (1024 + q in float16) has a constant's
+bits with q's or-ed in, two at once with one instruction; zero is such a number too, and the
+difference is exact.
 
 The order of the nibbles is such that a word's two neighbours, which a thread holds in one register,
-are neighbours in every plane: int4_prepack brings weights into it, once. What it takes comes from
-int4_quantize, or from GPTQ's and AWQ's files: int4_matmul_checkpoints.py.
+are neighbours in every plane: int4_prepack brings weights into it, once. So words go through shared
+memory as they are, 16 rows of 16 words in one ldmatrix, and a tensor core's operand is unpacked
+where it is used. Triton sees to that as long as everything from tl.load to tl.dot is elementwise
+and in the loop, which is why W does not come by TMA, nor a scale that weights are multiplied by
+from the step before.
 
-Instructions for 8 weights: 3 shifts, 4 and-or, 4 subtractions, 4 multiplications, 1.9 for each. All
-of W [28672, 8192] takes an H200 15 us of issue slots, and its bytes 28 us.
+Instructions for 8 weights: 3 shifts, 4 and-or, 4 subtractions, and 4 multiplications if weights are
+scaled: 1.4 or 1.9 for each. Compiled, with loads and products: 2.4 for one token, 2.7 for 16, 3.3
+for 64. All of W [28672, 8192] then takes an H200 18 to 25 us of issue slots, and its bytes 28 us.
+
+Up to 16 tokens: a batch of products of 16 rows each, which Triton gives to mma.sync, a warp each.
+Wgmma would have all warps of a group wait for its result before they unpack into its registers.
 
 Backward: W is written out, rounded to x's dtype, and dx = dy @ W is triton_kernels/matmul.py's.
 
-Limits: from Ampere up; bfloat16 and float16; groups of 32, 64, 128 or 256. TMA wants Hopper or
-newer and rows of x that start at multiples of 16 bytes; anything else goes through pointers.
+Limits: from Ampere up; bfloat16 and float16; groups of 32, 64, 128 or 256.
 
 Twin: pallas_kernels/int4_matmul.py.
 
@@ -77,28 +87,27 @@ class Config:
                 raise ValueError(f"{name}: expected a power of two >= {least}, got {size}")
 
 
-# Up to so many tokens are multiplied by mma.sync: each warp for itself, no warp waits for others,
-# and a group's scale is applied to its sums. Wgmma, for more, has the scale applied to weights.
-FEW_M = 32
+# Up to so many tokens are multiplied by mma.sync: no warp waits for others, and a group's sums are
+# scaled in place of its weights. Wgmma, which wants whole warpgroups, multiplies more by weights.
+FEW_M = 16
 
 
 def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
     """The Config for a product of these sizes on a Hopper with 132 multiprocessors."""
-    del K, dtype
-    # Few tokens: 16 rows a warp. Small tiles fill the last wave; with more tokens, which every tile
-    # of rows reads from L2, tall ones.
+    del dtype
+    # One token is little beside W: small tiles fill the last wave. Every tile of rows reads all
+    # tokens from L2: tall tiles where these are more.
     if M <= 2:
         return Config(block_m=8, block_n=32, stages=4, warps=2)
     if M <= FEW_M:
-        return Config(block_m=max(8, _lib.power_of_2(M)), block_n=128, stages=4, warps=8)
-    # All tiles of rows at once, two to a multiprocessor.
+        return Config(block_m=8 if M <= 8 else 16, block_n=128, stages=4, warps=8)
     if M <= 64:
-        return Config(block_m=64, block_n=128, stages=2, warps=8)
-    # Too few tiles of 256 rows: half of that, twice the programs.
-    if _lib.cdiv(M, 128) * _lib.cdiv(N, 256) < 106:
-        return Config(block_m=128, block_n=128, stages=2, warps=8)
+        return Config(block_m=32 if M <= 32 else 64, block_n=256, stages=4, warps=16)
+    # Too few tiles of 256 rows: half of that, twice the programs, two to a multiprocessor.
+    if _lib.cdiv(M, 128) * _lib.cdiv(N, 256) * default_split(M, N, K) < 106:
+        return Config(block_m=128, block_n=128, stages=3, warps=8)
     # Each tile of tokens unpacks the weights again, and every tile of rows reads its tokens again.
-    return Config(block_m=128, block_n=256, stages=2, warps=16)
+    return Config(block_m=128, block_n=256, stages=4, warps=16)
 
 
 def default_split(M: int, N: int, K: int) -> int:
@@ -108,12 +117,10 @@ def default_split(M: int, N: int, K: int) -> int:
     this depends on the sizes alone, not on the Config.
     """
     if M <= FEW_M:
-        tiles, enough = _lib.cdiv(N, 16), 1600  # of one warp; twelve to a multiprocessor
-    elif M <= 64:
-        tiles, enough = _lib.cdiv(N, 128), 200
+        tiles, enough = _lib.cdiv(N, 16), 1600  # warps, twelve to a multiprocessor
     else:
-        tiles, enough = _lib.cdiv(N, 256) * _lib.cdiv(M, 128), 106
-    # No slice of fewer than 4 steps, which would be all prologue.
+        tiles, enough = _lib.cdiv(N, 256) * _lib.cdiv(M, 128), 106  # programs of 16 warps
+    # No slice of fewer than 4 blocks, which would be all prologue.
     return max(1, min(_lib.cdiv(enough, tiles), _lib.cdiv(K, BLOCK_K) // 4))
 
 
@@ -185,49 +192,68 @@ def _scaled(codes, scale):
 
 
 @triton.jit
-def _scales(scale_ptr, block, rows, N, K, group: tl.constexpr):
-    """The scales [rows] of each group of a block, in a tuple; beyond the edges 0."""
-    scales = ()
-    for i in tl.static_range(256 // group):
-        g = block * (256 // group) + i
-        mask = (rows < N) & (g < K // group)
-        scales += (tl.load(scale_ptr + g.to(tl.int64) * N + rows, mask=mask, other=0.0),)
-    return scales
+def _load_groups(ptr, block, c, rows, N, K, group: tl.constexpr, whole: tl.constexpr):
+    """What [K / G, N] holds for rows, of the groups that planes' columns from c on lie in.
+
+    A tuple of [rows]: one for each plane, or for as many planes as a group spans. Beyond N 0;
+    beyond K, where x is zeros, the last group's.
+    """
+    values = ()
+    for k in tl.static_range(0, 256, max(group, 64)):
+        g = tl.minimum((block * 256 + k + c) // group, K // group - 1)
+        at = ptr + g.to(tl.int64) * N + rows
+        values += (tl.load(at) if whole else tl.load(at, mask=rows < N, other=0),)
+    return values
 
 
 @triton.jit
-def _zeros(zero_ptr, block, rows, N, K, group: tl.constexpr, dtype: tl.constexpr):
-    """Likewise the zero points, as a plane has them: 128 or 1024 more, in dtype."""
+def _zeros(
+    zero_ptr, block, c, rows, N, K,
+    group: tl.constexpr, whole: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The zero points likewise, as a plane has them: 128 or 1024 more, in dtype."""
     magic: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
     zeros = ()
-    for i in tl.static_range(256 // group):
-        if zero_ptr is None:
-            zero = tl.full(rows.shape, ZERO + magic, dtype)
-        else:
-            g = block * (256 // group) + i
-            mask = (rows < N) & (g < K // group)
-            zero = tl.load(zero_ptr + g.to(tl.int64) * N + rows, mask=mask, other=0)
-            zero = (zero.to(tl.float32) + magic).to(dtype)
-        zeros += (zero,)
+    if zero_ptr is None:
+        for _ in tl.static_range(0, 256, max(group, 64)):
+            zeros += (tl.full(rows.shape, ZERO + magic, dtype),)
+    else:
+        codes = _load_groups(zero_ptr, block, c, rows, N, K, group, whole)
+        for i in tl.static_range(256 // max(group, 64)):
+            zeros += ((codes[i].to(tl.float32) + magic).to(dtype),)
     return zeros
 
 
 @triton.jit
-def _load_words(w_ptr, block, rows, N, columns):
-    """[rows, columns] of the words of one block of K."""
-    at = (block * N + rows[:, None]).to(tl.int64) * 64 + columns[None, :]
-    return tl.load(w_ptr + at, mask=rows[:, None] < N, other=0)
+def _expect_scales(scale_ptr, block, n, N, K, group: tl.constexpr, block_n: tl.constexpr):
+    """Has L2 fetch a block's scales, which are used as soon as they are loaded."""
+    if not INTERPRETING:
+        rows = tl.minimum(n + tl.arange(0, max(1, block_n // 64)) * 64, N - 1)  # 128 bytes each
+        for k in tl.static_range(0, 256, group):
+            g = tl.minimum((block * 256 + k) // group, K // group - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+                [(scale_ptr + g.to(tl.int64) * N + rows).to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
+def _load_words(w_ptr, block, c, rows, N, width: tl.constexpr, whole: tl.constexpr):
+    """[rows, width] of the words of one block of K, from column c on."""
+    at = (block * N + rows[:, None]).to(tl.int64) * 64 + (c + tl.arange(0, width))[None, :]
+    return tl.load(w_ptr + at) if whole else tl.load(w_ptr + at, mask=rows[:, None] < N, other=0)
 
 
 @triton.jit
 def _load_x(
     x_ptr, m, k, M, K, stride_xm, stride_xk,
-    block_m: tl.constexpr, width: tl.constexpr, even_k: tl.constexpr,
+    block_m: tl.constexpr, width: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
     """x[m : m + block_m, k : k + width], zeros beyond the edges."""
     r, c = m + tl.arange(0, block_m), k + tl.arange(0, width)
     mask = r[:, None] < M
-    if not even_k:
+    if not whole:
         mask = mask & (c[None, :] < K)
     at = r.to(tl.int64)[:, None] * stride_xm + c.to(tl.int64)[None, :] * stride_xk
     return tl.load(x_ptr + at, mask=mask, other=0.0)
@@ -243,8 +269,8 @@ def _int4_matmul_kernel(
     out_ptr,  # y [M, N], or the slices' sums [split_k, M, N], or one sum that all add to
     M, N, K, stride_xm, stride_xk,
     group: tl.constexpr, split_k: tl.constexpr, atomic: tl.constexpr,
-    few: tl.constexpr, even_k: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr, warps: tl.constexpr,
+    few: tl.constexpr, batch: tl.constexpr, width: tl.constexpr, whole: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
     # Neighbours share weights or tokens: group_m tiles of tokens, then the next rows of W.
@@ -254,47 +280,48 @@ def _int4_matmul_kernel(
     height = min(num_m - first, group_m)
     m = (first + tl.program_id(0) % panel % height) * block_m
     n = tl.program_id(0) % panel // height * block_n
+    rows = n + tl.arange(0, block_n)
+    # A step is `width` columns of a block of K: 4 * width of K.
+    pieces: tl.constexpr = 64 // width
     blocks = tl.cdiv(K, 256)
     part = tl.program_id(1)
-    start, stop = blocks * part // split_k, blocks * (part + 1) // split_k
-    rows = n + tl.arange(0, block_n)
+    start, stop = blocks * part // split_k * pieces, blocks * (part + 1) // split_k * pieces
 
     # --- 2. main loop
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
-    width: tl.constexpr = min(group, 64)  # of a piece of a plane that has one scale
-    batch: tl.constexpr = min(warps, block_n // 16) if few else 1
-    height_n: tl.constexpr = block_n // batch
+    span: tl.constexpr = max(group, 64)  # of K that a scale is good for in a step
     if few:
-        acc = tl.zeros((batch, height_n, block_m), tl.float32)
-        scales = _scales(scale_ptr, start, rows, N, K, group)
+        acc = tl.zeros((batch, block_n // batch, block_m), tl.float32)
+        block, c = start // pieces, start % pieces * width
+        scales = _load_groups(scale_ptr, block, c, rows, N, K, group, whole)
     else:
         acc = tl.zeros((block_n, block_m), tl.float32)
-    for block in range(start, stop):
-        zeros = _zeros(zero_ptr, block, rows, N, K, group, dtype)
-        if few:
-            next_scales = _scales(scale_ptr, block + 1, rows, N, K, group)
+    for step in range(start, stop):
+        block, c = step // pieces, step % pieces * width
+        words = _load_words(w_ptr, block, c, rows, N, width, whole)
+        zeros = _zeros(zero_ptr, block, c, rows, N, K, group, whole, dtype)
+        if few:  # the scales of the next step, which have until then to arrive
+            after, c_after = (step + 1) // pieces, (step + 1) % pieces * width
+            next_scales = _load_groups(scale_ptr, after, c_after, rows, N, K, group, whole)
             group_sum = tl.zeros_like(acc)
         else:
-            scales = _scales(scale_ptr, block, rows, N, K, group)
-        for c in tl.static_range(0, 64, width):
-            words = _load_words(w_ptr, block, rows, N, c + tl.arange(0, width))
-            for i in tl.static_range(4):
-                x_tile = _load_x(
-                    x_ptr, m, block * 256 + i * 64 + c, M, K, stride_xm, stride_xk,
-                    block_m, width, even_k,
-                )  # fmt: skip
-                codes = _codes(words, zeros[(i * 64 + c) // group], i)
-                if few:
-                    codes = codes.reshape(batch, height_n, width)
-                    x_tiles = tl.broadcast_to(x_tile.T[None, :, :], (batch, width, block_m))
-                    group_sum = tl.dot(codes, x_tiles, group_sum)
-                    if (i * 64 + c + width) % group == 0:
-                        scale = scales[(i * 64 + c) // group].to(tl.float32)
-                        acc += group_sum * scale.reshape(batch, height_n, 1)
-                        group_sum = tl.zeros_like(acc)
-                else:
-                    weights = _scaled(codes, scales[(i * 64 + c) // group])
-                    acc = tl.dot(weights, x_tile.T, acc)
+            scales = _load_groups(scale_ptr, block, c, rows, N, K, group, whole)
+            _expect_scales(scale_ptr, block + 2, n, N, K, group, block_n)
+        for k in tl.static_range(0, 256, 64):
+            x_tile = _load_x(
+                x_ptr, m, block * 256 + k + c, M, K, stride_xm, stride_xk, block_m, width, whole
+            )
+            codes = _codes(words, zeros[k // span], k // 64)
+            if few:
+                codes = codes.reshape(batch, block_n // batch, width)
+                x_tiles = tl.broadcast_to(x_tile.T[None, :, :], (batch, width, block_m))
+                group_sum = tl.dot(codes, x_tiles, group_sum)
+                if (k + 64) % span == 0:
+                    scale = scales[k // span].to(tl.float32)
+                    acc += group_sum * scale.reshape(batch, block_n // batch, 1)
+                    group_sum = tl.zeros_like(acc)
+            else:
+                acc = tl.dot(_scaled(codes, scales[k // span]), x_tile.T, acc)
         if few:
             scales = next_scales
         else:
@@ -365,24 +392,23 @@ def _int4_dequantize_kernel(
     group: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
-    n, block = tl.program_id(1) * block_n, tl.program_id(0)
-    rows = n + tl.arange(0, block_n)
     width: tl.constexpr = min(group, 64)
-    scales = _scales(scale_ptr, block, rows, N, K, group)
-    zeros = _zeros(zero_ptr, block, rows, N, K, group, out_ptr.dtype.element_ty)
+    span: tl.constexpr = max(group, 64)
+    n, block, c = tl.program_id(1) * block_n, tl.program_id(0), tl.program_id(2) * width
+    rows = n + tl.arange(0, block_n)
+    words = _load_words(w_ptr, block, c, rows, N, width, False)
+    scales = _load_groups(scale_ptr, block, c, rows, N, K, group, False)
+    zeros = _zeros(zero_ptr, block, c, rows, N, K, group, False, out_ptr.dtype.element_ty)
 
     # --- 2. main loop
-    for c in tl.static_range(0, 64, width):
-        words = _load_words(w_ptr, block, rows, N, c + tl.arange(0, width))
-        for i in tl.static_range(4):
-            # --- 3. epilogue
-            codes = _codes(words, zeros[(i * 64 + c) // group], i)
-            weights = _scaled(codes, scales[(i * 64 + c) // group])
+    for i in tl.static_range(4):
+        # --- 3. epilogue
+        weights = _scaled(_codes(words, zeros[i * 64 // span], i), scales[i * 64 // span])
 
-            # --- 4. store
-            k = block * 256 + i * 64 + c + tl.arange(0, width)
-            at = rows.to(tl.int64)[:, None] * K + k[None, :]
-            tl.store(out_ptr + at, weights, mask=(rows[:, None] < N) & (k[None, :] < K))
+        # --- 4. store
+        k = block * 256 + i * 64 + c + tl.arange(0, width)
+        at = rows.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(out_ptr + at, weights, mask=(rows[:, None] < N) & (k[None, :] < K))
 
 
 def int4_quantize(
@@ -474,9 +500,12 @@ def _product(
         few = M <= FEW_M
         tiles = Config(*config) if config else default_config(M, N, K, x.dtype)
         if not (few or config or _lib.has_tma()):  # older than Hopper: Ada has 99 KB of memory
-            tiles = Config(block_m=64, block_n=64, stages=2)
+            tiles = Config(block_m=32, block_n=64, stages=3)
         split_k = split_k or default_split(M, N, K)
         block_m, block_n = tiles.block_m, tiles.block_n
+        # Of a plane, what has one scale; with large tiles of x half as much, to hold more steps.
+        width = min(group, PLANE if block_m <= 64 else 32)
+        whole = N % block_n == 0 and K % BLOCK_K == 0
         atomic = atomic and split_k > 1
         parts = y
         if atomic:
@@ -486,9 +515,10 @@ def _product(
         grid = _lib.cdiv(M, block_m) * _lib.cdiv(N, block_n), split_k
         _int4_matmul_kernel[grid](
             x, w_packed, w_scale, w_zero, bias if split_k == 1 else None, parts,
-            M, N, K, *x.stride(), group, split_k, atomic, few, K % BLOCK_K == 0,
-            block_m, block_n, tiles.group_m, tiles.warps,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            M, N, K, *x.stride(), group, split_k, atomic,
+            few, min(tiles.warps, block_n // 16), width, whole,
+            block_m, block_n, tiles.group_m,
+            num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=_lib.registers(tiles.warps),
         )  # fmt: skip
         if split_k > 1:
             grid = (_lib.cdiv(M * N, 1024),)
@@ -508,7 +538,7 @@ def _dequantized(w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None, group
         N, K = w.shape
         with _lib.on_device(w):
             _lib.check_gpu()
-            grid = _lib.cdiv(K, BLOCK_K), _lib.cdiv(N, 64)
+            grid = _lib.cdiv(K, BLOCK_K), _lib.cdiv(N, 64), _lib.cdiv(PLANE, group)
             _int4_dequantize_kernel[grid](
                 w_packed, w_scale, w_zero, w, N, K, group, 64, num_warps=4
             )
