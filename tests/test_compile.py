@@ -57,6 +57,8 @@ TRITON_TOYS = """
     def launches_nothing(x):
         return 2 * x
 
+    waits = launches_nothing
+
     def dies(x):
         os._exit(3)
 """
@@ -90,6 +92,22 @@ PALLAS_TOYS = """
 
     def launches_nothing(x):
         return 2 * x
+
+    def waits(x):
+        def greedy_kernel(x_gmem, y_gmem):
+            group = jax.lax.axis_index("wg")
+
+            @pl.when(group == 2)
+            def _memory():
+                plgpu.set_max_registers(32, action="decrease")
+
+            @pl.when(group < 2)
+            def _compute():
+                plgpu.set_max_registers(240, action="increase")
+                y_gmem[...] = x_gmem[...]
+
+        return plgpu.kernel(greedy_kernel, out_type=x, grid=(1,), grid_names=("i",),
+                            num_threads=3, thread_name="wg", kernel_name="greedy_kernel")(x)
 
     def spills(x):
         def wide_kernel(x_gmem, y_gmem, a_smem, b_smem, barrier):
@@ -135,7 +153,7 @@ def rows(tmp_path_factory):
     files = tmp_path_factory.mktemp("toys")
     (files / "triton_toys.py").write_text(textwrap.dedent(TRITON_TOYS))
     (files / "pallas_toys.py").write_text(textwrap.dedent(PALLAS_TOYS))
-    names = ("spills", "overflows", "cannot_lower", "launches_nothing", "dies")
+    names = ("spills", "waits", "overflows", "cannot_lower", "launches_nothing", "dies")
     matmul = dataclasses.replace(problem("matmul"), workloads=(TINY,))
     found = {}
     problems = [matmul, *(toy_problem(name, files) for name in names)]
@@ -196,6 +214,12 @@ def test_pallas_spill_and_serialised_wgmma_are_red(rows):
     assert row.fails and row.kernel == "wide_kernel" and row.spills > 0 and row.serialised_wgmma
     assert f"spills {row.spills} bytes at 255 registers" in row.message
     assert "wgmma serialised" in row.message
+
+
+def test_waiting_for_registers_that_no_block_has_is_red(rows):
+    row = only(rows, "waits", "pallas")
+    assert row.fails and row.kernel == "greedy_kernel"
+    assert row.message == "waits for ever: 3 warpgroups want 512 registers of a thread's, of 504"
 
 
 def test_shared_memory_overflow_is_red(rows):

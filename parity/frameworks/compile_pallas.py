@@ -108,6 +108,7 @@ def _lower(
             for module, config in zip(modules, configs.of_calls(len(modules)), strict=True):
                 row = _read(module, lowered.context) | {"status": "lowered", "message": ""}
                 row |= {} if assemble is None else assemble(module)
+                row |= {"status": "fail", "message": waits} if (waits := row.pop("waits")) else {}
                 rows.append(row | {"pass": which, "config": config})
             return rows
         except Exception as error:
@@ -161,8 +162,24 @@ def _read(module: bytes, context: Any) -> Row:
         "tma_store": text.count(f'"{_DIALECT}nvvm.cp.async.bulk.tensor.global.shared.cta"')
         + text.count("cp.async.bulk.global.shared::cta.bulk_group"),  # of a row, in inline PTX
         "tma_descriptors": text.count("callee = @mosaic_gpu_init_tma_desc"),
-        **_launch(text),
+        **(launch := _launch(text)),
+        "waits": _waits(text, launch.get("threads")),
     }
+
+
+def _waits(text: str, threads: int | None) -> str:
+    """Says so if warpgroups ask for more registers than the block starts with: they would wait for
+    them for ever. One warpgroup is taken to have given some back, and all others to ask for more.
+    """
+    asked = {op: int(n) for op, n in re.findall(r"setmaxnreg\.(inc|dec)\.\S+ (\d+);", text)}
+    if threads is None or asked.keys() != {"inc", "dec"}:
+        return ""
+    groups = threads // 128
+    has = 65536 // threads // 8 * 8 * groups  # as ptxas allots them: a multiple of 8 a thread
+    wants = asked["dec"] + (groups - 1) * asked["inc"]
+    if wants <= has:
+        return ""
+    return f"waits for ever: {groups} warpgroups want {wants} registers of a thread's, of {has}"
 
 
 def _launch(text: str) -> Row:
