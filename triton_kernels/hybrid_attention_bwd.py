@@ -235,7 +235,8 @@ def _visit_queries(
             dx = tl.where(p > 0.0, dx, 0.0)
         dx = dx.to(q_tile.dtype)
         if dq is not None:
-            dq_tile = tl.dot(dx.T, k_tile)
+            # Its transpose: dx, [keys, queries], is then read as it is written, from shared memory.
+            dq_tile = tl.dot(k_tile.T, dx).T
         dk = tl.dot(dx, q_tile, dk)
         if dq is not None:
             add_tile(dq, dq_tile, h, m0, T, H, D, block_n, block_d)
