@@ -97,8 +97,8 @@ def default_config(
     warps = 8 if K > 128 else 4
     if which == "grads":
         # Heads that share q and k share one sum of their gradients: as many in a program as leave
-        # four programs for each multiprocessor. Walks of two steps at least take fewer registers.
-        splits = _lib.cdiv(4 * 132, (_lib.cdiv(T, 64) + B) * Hq)
+        # eight programs for each multiprocessor. Walks of two steps at least take fewer registers.
+        splits = _lib.cdiv(8 * 132, (_lib.cdiv(T, 64) + B) * Hq)
         return Config(32 if V <= 64 else 64, 1, _lib.cdiv(H // Hq, splits), 2, warps)
     block_v, stages = min(64, _lib.power_of_2(V)), 2
     if which == "fwd" and K <= 128 and V > 64:  # q and k are read half as often, and further ahead

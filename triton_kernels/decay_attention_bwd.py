@@ -92,15 +92,19 @@ def _decay_attention_dq_kernel(
         e = scale * tl.exp2(b)
         Z = tl.zeros((chunk, chunk), tl.float32)  # [t, j]
         old = tl.zeros((chunk,), tl.float32)
-        for v0 in tl.range(0, V, block_v):
-            v = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
-            dy = load_tokens(dy_all, stride_dy, stride_dyh, t0, end, h, v0, V, chunk, block_v, tma)
-            S = load_state(S_all, p * H + h, v0, K, V, block_k, block_v, tma)
-            Z = tl.dot(dy, v.T, Z)
-            weighted = dy.to(tl.float32) * e[:, None]
-            dq = tl.dot(weighted.to(dy.dtype), S.T, dq)
-            if rows_ptr is not None:
-                old += tl.sum(tl.dot(q, S) * weighted, 1)
+        if V <= block_v:  # without a loop within it, this one has tiles of the next head in flight
+            v = load_tokens(v_all, stride_v, stride_vh, t0, end, h, 0, V, chunk, block_v, tma)
+            dy = load_tokens(dy_all, stride_dy, stride_dyh, t0, end, h, 0, V, chunk, block_v, tma)
+            S = load_state(S_all, p * H + h, 0, K, V, block_k, block_v, tma)
+            Z, dq, old = _add_columns(q, v, dy, S, e, Z, dq, old, rows_ptr is not None)
+        else:
+            for v0 in tl.range(0, V, block_v):
+                v = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
+                dy = load_tokens(
+                    dy_all, stride_dy, stride_dyh, t0, end, h, v0, V, chunk, block_v, tma
+                )
+                S = load_state(S_all, p * H + h, v0, K, V, block_k, block_v, tma)
+                Z, dq, old = _add_columns(q, v, dy, S, e, Z, dq, old, rows_ptr is not None)
         # --- 3. epilogue
         Z *= decayed(b, lane) * (scale * u)[None, :]
         dq = tl.dot(Z.to(k_tile.dtype), k_tile, dq)
@@ -113,6 +117,17 @@ def _decay_attention_dq_kernel(
     k = tl.arange(0, block_k)
     at = token_ptr(dq_ptr + part.to(tl.int64) * T * Hq * K, Hq * K, K, t0 + lane, hq, k)
     tl.store(at, dq.to(dq_ptr.dtype.element_ty), inside(t0 + lane, end, k, K))
+
+
+@triton.jit
+def _add_columns(q, v, dy, S, e, Z, dq, old, gated: tl.constexpr):
+    """(dy v^T, dq, e dy . (q S)) with what some columns of v add."""
+    Z = tl.dot(dy, v.T, Z)
+    weighted = dy.to(tl.float32) * e[:, None]
+    dq = tl.dot(weighted.to(dy.dtype), S.T, dq)
+    if gated:
+        old += tl.sum(tl.dot(q, S) * weighted, 1)
+    return Z, dq, old
 
 
 @triton.jit
@@ -270,9 +285,14 @@ def backward(
     du = rows_like(v)
     dD = None if D is None else v.new_zeros(slots, H, V, dtype=torch.float32)
     stride_D = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-    tokens = [operand(x, chunk, block_k, tma) for x in (q, k)]
-    tokens += [operand(x, chunk, block_v, tma) for x in (v, dy)]
-    S, dS = (state_operand(x, block_k, block_v, tma) for x in each)
+    keys = [operand(x, chunk, block_k, tma) for x in (q, k)]
+
+    def tiles(block_v: int, *states: Tensor) -> list[Any]:
+        values = [operand(x, chunk, block_v, tma) for x in (v, dy)]
+        return keys + values + [state_operand(x, block_k, block_v, tma) for x in states]
+
+    # dq's registers have room for all of a short v
+    short = max(block_v, min(64, _lib.power_of_2(V)))
     sizes = (
         T, B, slots, H, Hq, splits, grads.heads, scale, *(x.stride(0) for x in (q, k, v, dy)),
         *(x.stride(1) for x in (q, k, v, dy)),
@@ -280,11 +300,11 @@ def backward(
     resources = {"num_warps": grads.warps, "num_stages": grads.stages}
     grid = (slots * Hq * splits,)
     _decay_attention_dq_kernel[grid](
-        *tokens, S, decay[0], u, cu_seqlens, dq, rows, old, *sizes, K, V, chunk, block_k, block_v,
-        block_b, constant, tma, **resources,
+        *tiles(short, each[0]), decay[0], u, cu_seqlens, dq, rows, old, *sizes, K, V, chunk,
+        block_k, short, block_b, constant, tma, **resources,
     )  # fmt: skip
     _decay_attention_dkdv_kernel[grid](
-        *tokens, S, dS, decay[0], u, D, cu_seqlens, rows, old, dk,
+        *tiles(block_v, *each), decay[0], u, D, cu_seqlens, rows, old, dk,
         operand(dv, chunk, block_v, tma), dg, None if u is None else du, dD, *sizes, *stride_D, K,
         V, chunk, block_k, block_v, block_b, constant, log_u, tma, **resources,
     )  # fmt: skip
