@@ -54,14 +54,11 @@ from .linear_scan_walk import (
     load_row,
     loader,
     row_layout,
-    slots,
     spread,
     step,
     store_tile,
     tiled,
     tiling,
-    tokens,
-    widths,
 )
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -97,11 +94,8 @@ class Config:
 
 def default_config(T: int, W: int, B: int, dtype: Any, which: str = "fwd") -> Config:
     """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
-    # Each lane takes 32 elements of a tile.
-    block_c, chunks = tiling(T, W, B, widths(dtype, which), 2 * 132)
-    arrays = 2 if which == "fwd" else 3
-    block_t = tokens(4096, block_c, T, chunks)
-    return Config(block_t, block_c, chunks, slots(4096 * arrays, dtype))
+    # Each lane takes up to 32 elements of a tile.
+    return Config(*tiling(T, W, B, dtype, which, 4096, 2 if which == "fwd" else 3))
 
 
 def _linear_scan_carry_kernel(

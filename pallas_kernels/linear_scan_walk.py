@@ -23,22 +23,31 @@ PARTS = 4  # of a tile: one for each warp of a warpgroup
 STEP = 256  # channels of a block that takes one token
 
 
-def tiling(T: int, W: int, B: int, widths: tuple[int, ...], most: int) -> tuple[int, int]:
-    """(block_c, chunks) for T tokens in B sequences of W channels: the widest tiles that fill a GPU
-    with at most `most` blocks, in chunks that cut no sequence where all are alike.
+def tiling(
+    T: int, W: int, B: int, dtype: Any, which: str, elements: int, arrays: int
+) -> tuple[int, int, int, int]:
+    """(block_t, block_c, chunks, stages) for T tokens in B sequences of W channels: the widest
+    tiles that keep 132 multiprocessors about equally busy, in chunks that cut no sequence where all
+    are alike; else as many chunks as fit. A chunk that ends within a sequence has the rest of that
+    chunk read twice.
 
-    A chunk that ends within a sequence has the rest of that chunk read twice.
+    elements: of a tile in each of so many arrays, at most.
     """
-    block_c, blocks, chunks = widths[0], 0, 1
-    for block_c in widths:
-        blocks = _lib.cdiv(W, block_c)
-        fit = (d for d in range(1, B + 1) if B % d == 0 and d * blocks <= most)
+    block_c, chunks, resident = 0, 1, 2  # resident: blocks that share a multiprocessor
+    for block_c in widths(dtype, which):
+        blocks, resident = _lib.cdiv(W, block_c), 3 if block_c == 64 else 2
+        fit = (d for d in range(1, B + 1) if B % d == 0 and d * blocks <= 132 * resident)
         chunks = max(fit, default=1)
-        if chunks * blocks >= 120:
+        if chunks * blocks > 0.8 * 132 * _lib.cdiv(chunks * blocks, 132):
             break
     else:
-        chunks = max(1, most // blocks)
-    return block_c, min(chunks, _lib.cdiv(T, 64))
+        chunks, resident = max(1, 2 * 132 // _lib.cdiv(W, block_c)), 2
+    chunks = min(chunks, _lib.cdiv(T, 64))
+    room = 196608 * 8 // (resident * arrays * _lib.bits(dtype))
+    while resident == 3 and room < 4 * elements:
+        elements //= 2
+    stages = min(6, max(2, room // elements))
+    return tokens(elements, block_c, T, chunks), block_c, chunks, stages
 
 
 def widths(dtype: Any, which: str) -> tuple[int, ...]:
@@ -53,11 +62,6 @@ def tokens(elements: int, block_c: int, T: int, chunks: int) -> int:
     while block_t > 32 and 4 * block_t * chunks > T:
         block_t //= 2
     return block_t
-
-
-def slots(elements: int, dtype: Any) -> int:
-    """Slots for tiles of so many elements in all arrays: of 2 blocks on each multiprocessor."""
-    return min(6, max(2, 98304 * 8 // (elements * _lib.bits(dtype))))
 
 
 def launch_sizes(T: int, W: int, config: Any) -> tuple[int, tuple[int, int]]:

@@ -53,14 +53,11 @@ from .linear_scan_walk import (
     load_row,
     loader,
     row_layout,
-    slots,
     spread,
     step,
     store_tile,
     tiled,
     tiling,
-    tokens,
-    widths,
 )
 
 
@@ -73,9 +70,7 @@ def default_config(T: int, W: int, B: int, dtype: Any, which: str = "fwd") -> Co
     """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
     # In a backward a row takes more registers, and a tile more arrays.
     elements, arrays = (4096, 3) if which == "fwd" else (16384 // _lib.bits(dtype) * 2, 5)
-    block_c, chunks = tiling(T, W, B, widths(dtype, which), 2 * 132)
-    block_t = tokens(elements, block_c, T, chunks)
-    return Config(block_t, block_c, chunks, slots(elements * arrays, dtype))
+    return Config(*tiling(T, W, B, dtype, which, elements, arrays))
 
 
 def _sigmoid(x: Any) -> Any:

@@ -62,11 +62,11 @@ class Config(_ScanConfig):
 
 def default_config(T: int, W: int, B: int, dtype: torch.dtype, which: str = "fwd") -> Config:
     """The Config for T tokens in B sequences of W channels; which: "fwd" or "bwd"."""
-    # 8 rows of two channels for each thread, half as many of what takes more registers, or twice as
-    # many where there are 200.
+    # 8 rows of two channels for each thread, or 16 where there are 200 registers; half as many of
+    # float32, and half as many in a backward.
     block_c, chunks, warps, programs = tiling(T, W, B, which == "fwd")
     rows = 8 if warps * programs > 10 else 16
-    rows //= 1 + (which == "bwd" or dtype.itemsize == 4)
+    rows //= (1 + (which == "bwd")) * (1 + (dtype.itemsize == 4))
     return Config(64 * warps // block_c * rows, block_c, chunks, warps, programs)
 
 
@@ -277,13 +277,17 @@ def _rglru_bwd_kernel(
     k0 = first
     r_tile = load_rows(r_ptr, stride_r, k0, end, c, W, T, parts, rows, True)
     dh_tile = load_rows(dh_ptr, stride_dh, k0, end, c, W, T, parts, rows, True)
+    x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, True)
+    i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, True)
+    h_tile = load_rows(h_ptr, stride_h, k0, end, c, W, T, parts, rows, True, -1)
     walk = trips(cu_ptr, s, first, end, T, B, block_t, True)
     for _ in tl.range(walk, disable_licm=True):
         low, high, done, k_next = part_of(s, begin, stop, k0, end, T, B, block_t)
-        # what the second walk reads is on its way during the first
-        x_tile = load_rows(x_ptr, stride_x, k0, end, c, W, T, parts, rows, True)
-        i_tile = load_rows(i_ptr, stride_i, k0, end, c, W, T, parts, rows, True)
-        h_tile = load_rows(h_ptr, stride_h, k0, end, c, W, T, parts, rows, True, -1)
+        r_next = load_rows(r_ptr, stride_r, k_next, end, c, W, T, parts, rows, True)
+        dh_next = load_rows(dh_ptr, stride_dh, k_next, end, c, W, T, parts, rows, True)
+        x_next = load_rows(x_ptr, stride_x, k_next, end, c, W, T, parts, rows, True)
+        i_next = load_rows(i_ptr, stride_i, k_next, end, c, W, T, parts, rows, True)
+        h_next = load_rows(h_ptr, stride_h, k_next, end, c, W, T, parts, rows, True, -1)
         a_rows, r_rows, squares = (), (), ()
         a_part = tl.full((parts, block_c), 1.0, tl.float32)
         b_part = tl.zeros((parts, block_c), tl.float32)
@@ -298,8 +302,6 @@ def _rglru_bwd_kernel(
         # --- 3. epilogue
         v_row, v = across(a_part, b_part, v)
         # --- 4. store
-        r_next = load_rows(r_ptr, stride_r, k_next, end, c, W, T, parts, rows, True)
-        dh_next = load_rows(dh_ptr, stride_dh, k_next, end, c, W, T, parts, rows, True)
         h_start = initial(h0_ptr, s, c, W, B, True)[None, :]
         for j in tl.static_range(rows):
             k = step_of(k0, j, parts, rows)
@@ -333,6 +335,7 @@ def _rglru_bwd_kernel(
             begin = stop
             stop = bound(cu_ptr, s + 1, T, B, True)
         k0, r_tile, dh_tile = k_next, r_next, dh_next
+        x_tile, i_tile, h_tile = x_next, i_next, h_next
 
     tl.store(sums_ptr + ci.to(tl.int64) * W + c, tl.sum(sums, 0), c < W)
 
