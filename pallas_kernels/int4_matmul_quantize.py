@@ -290,7 +290,7 @@ def quantized(w: jax.Array, group: int, symmetric: bool) -> list[jax.Array]:
     if not symmetric and groups % 8 == 0:
         found.append(zero[0][: total // 2].reshape(N, groups // 2))
     elif not symmetric:  # rows of whole words: taken apart, filled up, put together again
-        each = zero[0][:, None] >> 4 * lax.iota(jnp.uint8, 2) & 15
+        each = zero[0][:, None] >> (lax.iota(jnp.uint8, 2) << 2) & 15
         each = each.reshape(-1)[:total].reshape(N, groups)
         each = jnp.pad(each, ((0, 0), (0, -groups % 8)), constant_values=8).reshape(N, -1, 2)
         found.append(each[:, :, 0] | each[:, :, 1] << 4)
