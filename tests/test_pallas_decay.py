@@ -13,10 +13,13 @@ from jax import lax
 
 from parity.frameworks import mosaic_interpreter
 
-DECAY, STEP, RETENTION, SSD = (
+DECAY, DECAY_GATES, STEP, RETENTION, SSD = (
     importlib.import_module(f"pallas_kernels.{stem}")
-    for stem in ("decay_attention", "decay_attention_step", "retention", "mamba2_ssd")
-)
+    for stem in (
+        "decay_attention", "decay_attention_gates", "decay_attention_step", "retention",
+        "mamba2_ssd",
+    )
+)  # fmt: skip
 HALF = jnp.float16
 PACKED = [0, 0, 1, 20, 150, 150, 211, 211]  # within a chunk, across chunks and spans, empty
 SCALE = 0.25
@@ -227,6 +230,28 @@ def test_a_step_is_a_sequence_of_one_token(given, constant):
     u = None if i is None else jnp.exp(i)
     want = exact(*(x.astype(jnp.float32) for x in (q, k, v)), g, u, S0, cu, SCALE)
     close(got, [np.asarray(x, np.float64) for x in want])
+
+
+def test_gates_of_more_heads_than_a_block_has_lanes():
+    """Two blocks of heads, the second one of 2; an odd number of tokens in a chunk."""
+    T, H = 67, 130
+    g, i, cu = -jnp.abs(normal(0, T, H)), normal(1, T, H), jnp.array([0, 64, T], jnp.int32)
+    dgates = normal(2, 3, H, 132)
+
+    @interpreted
+    def run(g, i, dgates):
+        gates = DECAY_GATES.gates_of(g, i, cu, T, H)
+        return gates, *DECAY_GATES.gates_bwd(dgates, gates, cu, T, constant=False, weighted=True)
+
+    gates, dg, di = run(g, i, dgates)
+    for slot, (start, stop) in ((0, (0, 64)), (2, (64, T))):
+        n, tokens = stop - start, slice(start, stop)
+        b, u = gates[slot, :, :n].T, gates[slot, :, 64 : 64 + n].T
+        np.testing.assert_allclose(b, jnp.cumsum(g[tokens], 0) / np.log(2), rtol=1e-5)
+        np.testing.assert_allclose(u, jnp.exp(i[tokens]), rtol=1e-5)
+        assert not gates[slot, :, 64 + n : 128].any()
+        assert jnp.array_equal(dg[tokens], dgates[slot, :, :n].T)
+        np.testing.assert_allclose(di[tokens], dgates[slot, :, 64 : 64 + n].T * u, rtol=1e-5)
 
 
 ROWS, VALUES, GATES = jnp.zeros((6, 2, 32), HALF), jnp.zeros((6, 4, 16), HALF), jnp.zeros((6, 4))
