@@ -192,9 +192,10 @@ def _decay_attention_fwd_kernel(
             p_tile = tl.dot(q, k_tile.T)  # [t, j]
             p_tile *= always if constant else decayed(b, lane)
             p_tile *= (scale * u)[None, :]
-            acc = tl.dot(q, S.to(q.dtype)) * before[:, None]  # [t, block_v]
+            old = tl.dot(q, S.to(q.dtype)) * before[:, None]  # [t, block_v]
             v_tile = load_tokens(v_all, stride_v, stride_vh, t0, end, h, v0, V, chunk, block_v, tma)
-            acc = tl.dot(p_tile.to(v_tile.dtype), v_tile, acc)
+            # (a sum would become one product upon the other, made by all warps twice)
+            acc = tl.fma(tl.dot(p_tile.to(v_tile.dtype), v_tile), 1.0, old)
             v_weighted = (v_tile.to(tl.float32) * after[:, None]).to(v_tile.dtype)
             S = tl.dot(k_tile.T, v_weighted, S * tl.exp2(b_n))
 
