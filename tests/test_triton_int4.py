@@ -15,8 +15,10 @@ if not torch.cuda.is_available():
 
         interpreters()
 
-from parity import formats  # noqa: E402
+from parity import formats, sass  # noqa: E402
+from parity.compile import compile_gate  # noqa: E402
 from parity.frameworks.triton_interpreter import launches  # noqa: E402
+from parity.problems.int4_matmul import PROBLEM  # noqa: E402
 from triton_kernels import _lib  # noqa: E402
 
 INT4 = importlib.import_module("triton_kernels.int4_matmul")
@@ -305,6 +307,18 @@ def test_compiles_as_one_graph_with_its_gradient():
     torch.testing.assert_close(compiled(x), loss(x))
     got, want = (torch.autograd.grad(f(x), x)[0] for f in (compiled, loss))
     torch.testing.assert_close(got, want)
+
+
+def test_weights_stay_in_registers(tmp_path):
+    """Compiled for Hopper, the main loop writes nothing to shared memory but copies from memory."""
+    names = ("llama70b_up_m1", "llama70b_up_m16_zeros", "llama70b_up_m64")
+    rows = compile_gate([PROBLEM], workloads=names, twins=("triton",), cache=tmp_path)
+    assert len(rows) == len(names)
+    for row in rows:
+        loop = sass.parse((tmp_path / row.listing).read_text()).main_loop
+        assert loop is not None and loop.kinds["cp.async"] >= 6
+        assert loop.kinds["wgmma" if row.workload == "llama70b_up_m64" else "mma.sync"] >= 16
+        assert loop.kinds["shared store"] == loop.kinds["stmatrix"] == loop.kinds["shuffle"] == 0
 
 
 def test_defaults_follow_the_sizes():

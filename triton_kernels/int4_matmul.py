@@ -69,7 +69,7 @@ class Config:
     """Tile sizes and resources of the kernel; the result does not depend on them.
 
     block_m, block_n: tokens and rows of W of a program's tile. Powers of two, at least 8 and 16.
-    stages: steps of 256 of K whose operands are in flight or in use.
+    stages: steps of 256 of K, or of 128, whose operands are in flight or in use.
     group_m: tiles along m that are visited before the next tile along n.
     warps: warps of a program.
     """
@@ -632,7 +632,7 @@ def int4_matmul(
 
     Raises TypeError for dtypes and ValueError for shapes, groups, slices and devices that do not
     fit, naming the argument; NotImplementedError on a GPU older than Ampere. A NaN or an infinity
-    among the scales makes NaN of what it belongs to.
+    among the scales makes NaN or infinity of what it belongs to.
     """
     return _Int4Matmul.apply(x, w_packed, w_scale, w_zero, group, split_k, bias, config, False)
 
