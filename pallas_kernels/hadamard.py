@@ -17,7 +17,8 @@ within 64 elements are one product on tensor cores, which are idle while memory 
 multiplications an element take a quarter of the time of its 3 bytes. Those between parts of 64 are
 additions in registers. Codes are what the quantizers give for the rounded y, bit for bit.
 
-Limits: Hopper; bfloat16 and float16; n = 64, 128 or 256.
+Limits: Hopper; bfloat16 and float16; n = 64, 128 or 256. A number of rows that 8 does not divide is
+padded first, in XLA.
 
 Twin: triton_kernels/hadamard.py.
 
@@ -204,7 +205,8 @@ def _rotated(
         return (jnp.zeros((R, n), out), jnp.zeros(R, jnp.float32))[: 2 if fmt else 1]
     config = config or default_config(R, n, x.dtype)
     tiles = _lib.cdiv(R, config.block_m)
-    y = jax.ShapeDtypeStruct((R, n), out)
+    x = _lib.pad(x, 8, n)  # swizzled tiles have 8 rows
+    y = jax.ShapeDtypeStruct(x.shape, out)
     # Room for the scales of whole tiles: what is beyond R is cut off below.
     scale = jax.ShapeDtypeStruct((tiles * config.block_m,), jnp.float32)
     slots = (config.warpgroups, config.stages, config.block_m, n)
@@ -225,7 +227,7 @@ def _rotated(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="hadamard_kernel",
     )(x, signs.astype(jnp.float32))
-    return (result[0], result[1][:R]) if fmt else (result[0],)
+    return tuple(part[:R] for part in result)
 
 
 def _checked(name: str, x: Any, signs: Any, inverse: bool, config: Config | None) -> None:

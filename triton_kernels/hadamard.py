@@ -90,11 +90,12 @@ def _butterflies(parts, half: tl.constexpr, count: tl.constexpr):
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
     """float32 to dtype, ties to even; bfloat16 two at once, as one by one takes far longer."""
-    if INTERPRETING or dtype == tl.float16:
-        return x.to(dtype)
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-    )
+    rounded = x.to(dtype)
+    if not INTERPRETING and dtype == tl.bfloat16:
+        rounded = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return rounded
 
 
 @triton.jit
@@ -191,12 +192,14 @@ def _rotated(
         with _lib.on_device(x):
             _lib.check_gpu()
             tiles = Config(*config) if config else default_config(R, n, x.dtype)
-            # As many as let the programs of a multiprocessor run side by side.
-            registers = max(64, 65536 // (32 * tiles.warps * tiles.programs) // 8 * 8)
+            # Few enough for the programs of a multiprocessor to run side by side; where they are
+            # two, the second half may as well follow the first.
+            room = 65536 // (32 * tiles.warps * tiles.programs) // 8 * 8
+            registers = 255 if tiles.programs <= 2 else max(64, min(255, room))
             programs = min(_lib.cdiv(R, tiles.block_m), tiles.programs * _lib.num_sms())
             _hadamard_kernel[(programs,)](
                 x, signs, y, scale, R, n**-0.5, n, inverse, fmt,
-                tiles.block_m, tiles.stages, num_warps=tiles.warps, maxnreg=min(255, registers),
+                tiles.block_m, tiles.stages, num_warps=tiles.warps, maxnreg=registers,
             )  # fmt: skip
     if scale is None:
         return [y]
