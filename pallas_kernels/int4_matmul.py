@@ -11,7 +11,8 @@
                 acc += w @ x_tile^T                 accumulated in float32
             free the slot
         store round(acc + bias), or the slice's sums
-    with slices, a second kernel adds them in their order
+    with slices, a second kernel adds them in their order; or, of few tokens, the warpgroups of one
+    block take slices in place of rows, and one of them adds
 
 W is on the left, for the tensor cores of Hopper multiply 64 rows by as few as 8 columns, and there
 are few tokens where this kernel matters. A plane needs no conversion: 128 + q in bfloat16 (1024 + q
@@ -65,6 +66,7 @@ BLOCK_K, PLANE = (
 ZERO = 8  # of symmetric weights
 MAGIC = {jnp.dtype(jnp.bfloat16): 0x4300, jnp.dtype(jnp.float16): 0x6400}  # 128 and 1024
 ROWS = 64  # of W that one wgmma instruction multiplies
+SHARED = 226 << 10  # bytes that a block has for its tiles
 EPILOGUE_M = 32  # tokens of one store, at most
 MEMORY_REGISTERS = 24  # of a thread that only issues copies; the others share what is left
 TILE = plgpu.Layout.WGMMA
@@ -206,6 +208,7 @@ def _int4_matmul_kernel(
     K: int,
     group: int,
     split_k: int,
+    inside: int,
     atomic: bool,
     config: Config,
     zeros: bool,
@@ -219,18 +222,22 @@ def _int4_matmul_kernel(
     bias_gmem = next(given) if biased else None  # [N]
     # y [M, N], or the slices' sums [split_k, N, M] float32, or one sum that all add to
     out_gmem = next(given)
-    x_smem = next(given)  # [stages, 4, block_m, 64]
-    w_smem = next(given)  # [stages, block_n, 64]
-    scale_smem = next(given)  # [stages, groups, block_n]
-    zero_smem = next(given) if zeros else None  # [stages, groups, block_n]
+    # [stages, 4, block_m, 64], or [stages, inside, block_m, 256], if slices are a block's own
+    x_smem = next(given)
+    w_smem = next(given)  # [stages, (inside,) block_n, 64]
+    scale_smem = next(given)  # [stages, (inside,) groups, block_n or 128]
+    zero_smem = next(given) if zeros else None  # likewise
     # [warpgroups, tokens of a store, 64], or transposed for what is added
-    y_smem = next(given) if split_k == 1 or atomic else None
+    y_smem = next(given) if split_k == inside or atomic else None
+    sums_smem = next(given) if inside > 1 else None  # [warpgroups, 64, block_m]
     full = next(given)  # [stages] barriers: TMA has filled the slot
     free = next(given)  # [stages] barriers: every reader is done with the slot
-    block_m, block_n, stages = config.block_m, config.block_n, config.stages
+    met = next(given) if inside > 1 else None  # barrier: all warpgroups are here
+    block_m, block_n, stages = config.block_m, config.block_n // inside, config.stages
     blocks, num_m = _lib.cdiv(K, BLOCK_K), _lib.cdiv(M, block_m)
-    num_n = _lib.cdiv(w_gmem.shape[1], block_n)
+    num_n = _lib.cdiv(w_gmem.shape[-2], block_n)
     groups = BLOCK_K // group
+    across, columns = split_k // inside, scale_smem.shape[-1]
     wg = lax.axis_index("wg")
 
     def origin(tile: plgpu.NDLoopInfo) -> tuple[jax.Array, ...]:
@@ -239,8 +246,10 @@ def _int4_matmul_kernel(
         part = lax.div(tile.index[0], jnp.int32(num_m * num_n))
         index = lax.rem(tile.index[0], jnp.int32(num_m * num_n))
         mi, ni = plgpu.planar_snake(index, (num_m, num_n), 0, config.group_m)
-        start = lax.div(part * blocks, jnp.int32(split_k))
-        stop = lax.div((part + 1) * blocks, jnp.int32(split_k))
+        start = lax.div(part * blocks, jnp.int32(across))
+        stop = lax.div((part + 1) * blocks, jnp.int32(across))
+        if inside > 1:  # the first of a block's own; each has as many
+            stop = jnp.int32(blocks // inside)
         return part, mi * block_m, ni * block_n, start, stop
 
     @pl.when(wg == config.warpgroups)
@@ -248,7 +257,7 @@ def _int4_matmul_kernel(
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
         # The carry counts steps across tiles: the ring does not stop between them.
-        @plgpu.nd_loop((num_m * num_n * split_k,), collective_axes="sm", init_carry=jnp.int32(0))
+        @plgpu.nd_loop((num_m * num_n * across,), collective_axes="sm", init_carry=jnp.int32(0))
         def _tile(tile: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
             _, m, n, start, stop = origin(tile)
 
@@ -257,15 +266,18 @@ def _int4_matmul_kernel(
                 rows = pl.ds(n, block_n)
                 plgpu.barrier_wait(free.at[slot])
                 copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
+                # Of a block's own slices those blocks that are as far: a dimension of its own.
+                own = () if inside == 1 else (slice(None),)
                 # Beyond the edges TMA fills with zeros.
-                copy(w_gmem.at[block, rows], w_smem.at[slot])
-                for i in range(4):
-                    k = pl.ds(block * BLOCK_K + i * PLANE, PLANE)
+                copy(w_gmem.at[*own, block, rows], w_smem.at[slot])
+                step, width = (PLANE, PLANE) if inside == 1 else (K // inside, BLOCK_K)
+                for i in range(x_smem.shape[1]):
+                    k = pl.ds(block * BLOCK_K + i * step, width)
                     copy(x_gmem.at[pl.ds(m, block_m), k], x_smem.at[slot, i])
-                of_k = pl.ds(block * groups, groups)
-                copy(scale_gmem.at[of_k, rows], scale_smem.at[slot])
+                of_k = *own, pl.ds(block * groups, groups), pl.ds(n, columns)
+                copy(scale_gmem.at[*of_k], scale_smem.at[slot])
                 if zero_gmem is not None:
-                    copy(zero_gmem.at[of_k, rows], zero_smem.at[slot])
+                    copy(zero_gmem.at[*of_k], zero_smem.at[slot])
                 return done + 1
 
             return lax.fori_loop(start, stop, load, carry)
@@ -279,9 +291,12 @@ def _int4_matmul_kernel(
         plgpu.set_max_registers(_registers(config.warpgroups), action="increase")
         for slot in range(stages):
             plgpu.barrier_arrive(free.at[slot])  # every slot is free at the start
-        pieces = block_n // config.warpgroups // ROWS
+        # Which slice of the block's own is this warpgroup's, and which rows.
+        teams = config.warpgroups // inside
+        own, team = ((), wg) if inside == 1 else ((lax.div(wg, teams),), lax.rem(wg, teams))
+        pieces = block_n // teams // ROWS
 
-        @plgpu.nd_loop((num_m * num_n * split_k,), collective_axes="sm", init_carry=jnp.int32(0))
+        @plgpu.nd_loop((num_m * num_n * across,), collective_axes="sm", init_carry=jnp.int32(0))
         def _tile(tile: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
             part, m, n, start, stop = origin(tile)
 
@@ -292,15 +307,20 @@ def _int4_matmul_kernel(
                     slot = lax.rem(done, jnp.int32(stages))
                     plgpu.barrier_wait(full.at[slot])
                     for piece, acc in enumerate(accs):
-                        own = pl.ds((wg * pieces + piece) * ROWS, ROWS)
-                        words = plgpu.load(w_smem.at[slot, own], layout=TILE)
+                        rows = pl.ds((team * pieces + piece) * ROWS, ROWS)
+                        words = plgpu.load(w_smem.at[slot, *own, rows], layout=TILE)
                         values = [
-                            _group_values(scale_smem, zero_smem, (slot, j), own, x_gmem.dtype)
+                            _group_values(
+                                scale_smem, zero_smem, (slot, *own, j), rows, x_gmem.dtype
+                            )
                             for j in range(groups)
                         ]
                         for i in range(4):
+                            plane: tuple[Any, ...] = (i,)
+                            if inside > 1:
+                                plane = *own, slice(None), pl.ds(i * PLANE, PLANE)
                             weights = _weights(words, values, i)
-                            plgpu.wgmma(acc, weights, x_smem.at[slot, i].T)
+                            plgpu.wgmma(acc, weights, x_smem.at[slot, *plane].T)
                             # This product may run on; the registers of the one before are free.
                             plgpu.wgmma_wait(1)
                     plgpu.commit_smem()  # what has been read, TMA may overwrite
@@ -312,20 +332,39 @@ def _int4_matmul_kernel(
                 return tuple(acc[...] for acc in accs)
 
             accs = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, block_m), jnp.float32)] * pieces)
-            for piece, acc in enumerate(accs):
-                row = n + (wg * pieces + piece) * ROWS
-                if atomic:
-                    _add(acc, y_smem.at[wg], out_gmem.at[0], row, m)
-                    continue
-                if split_k > 1:
-                    out_gmem[part, pl.ds(row, ROWS), pl.ds(m, block_m)] = acc
-                    continue
 
+            def finish(acc: jax.Array, row: Any) -> None:
                 # --- 3. epilogue
                 y = _with_bias(acc, bias_gmem, row).astype(out_gmem.dtype)
 
                 # --- 4. store
                 _store_transposed(y, y_smem.at[wg], out_gmem, m, row)
+
+            def meet() -> None:
+                plgpu.barrier_arrive(met)
+                plgpu.barrier_wait(met)
+
+            for piece, acc in enumerate(accs):
+                row = n + (team * pieces + piece) * ROWS
+                if atomic:
+                    _add(acc, y_smem.at[wg], out_gmem.at[0], row, m)
+                elif inside > 1:
+                    sums_smem[wg] = acc
+                    meet()
+
+                    @pl.when(wg < teams)
+                    def _(row: Any = row) -> None:
+                        parts = [
+                            plgpu.load(sums_smem.at[team + i * teams], layout=TILE, optimized=False)
+                            for i in range(inside)
+                        ]
+                        finish(functools.reduce(lax.add, parts), row)
+
+                    meet()  # what has been read, the next tile may overwrite
+                elif split_k > 1:
+                    out_gmem[part, pl.ds(row, ROWS), pl.ds(m, block_m)] = acc
+                else:
+                    finish(acc, row)
             return carry + stop - start
 
         if y_smem is not None:
@@ -488,7 +527,7 @@ def _codes(packed: jax.Array) -> jax.Array:
     By a shift that differs, which XLA computes in place; of two stacked arrays it asks for each
     element which one it is from.
     """
-    shift = 4 * lax.iota(jnp.uint8, 2)
+    shift = lax.iota(jnp.uint8, 2) << 2
     return (packed[:, :, None] >> shift & 15).reshape(len(packed), 2 * packed.shape[1])
 
 
@@ -501,18 +540,42 @@ def _prepacked(
     return w_packed, w_scale, w_zero
 
 
-def _rings(config: Config, dtype: Any, group: int, zeros: bool) -> list[Any]:
+def _inside(config: Config, slices: int, M: int, K: int, group: int) -> int:
+    """How many slices a block takes itself: all of them, or one.
+
+    All: its warpgroups have 64 rows of W each, those who share rows in place of other ones, and
+    there is no second kernel. Every slice brings its own x, which has to be small beside W's words.
+    """
+    few = M <= config.block_m == 8 and config.block_n == ROWS * config.warpgroups
+    slot = 128 * config.block_n + slices * (512 * 8 + 3 * (BLOCK_K // group) * 128)
+    fits = config.stages * slot + config.warpgroups * ROWS * 8 * (4 + 2) <= SHARED
+    even = config.warpgroups % slices == 0 == K % (slices * BLOCK_K)
+    return slices if few and fits and even else 1
+
+
+def _rings(config: Config, dtype: Any, group: int, zeros: bool, inside: int) -> list[Any]:
     """Shared memory of the operands."""
-    stages, block_m, block_n = config.stages, config.block_m, config.block_n
+    own = () if inside == 1 else (inside,)
+    block_m, block_n = config.block_m, config.block_n // inside
     tile = functools.partial(plgpu.SMEM, transforms=_lib.swizzled(dtype))
+    of_x = (4, block_m, PLANE) if inside == 1 else (inside, block_m, BLOCK_K)
+    of_groups = config.stages, *own, BLOCK_K // group, max(128, block_n)
     rings = [
-        tile((stages, 4, block_m, PLANE), dtype),
-        tile((stages, block_n, PLANE), jnp.int16),
-        plgpu.SMEM((stages, BLOCK_K // group, block_n), dtype),
+        tile((config.stages, *of_x), dtype),
+        tile((config.stages, *own, block_n, PLANE), jnp.int16),
+        plgpu.SMEM(of_groups, dtype),
     ]
     if zeros:
-        rings.append(plgpu.SMEM((stages, BLOCK_K // group, block_n), jnp.uint8))
+        rings.append(plgpu.SMEM(of_groups, jnp.uint8))
     return rings
+
+
+def _whole_tiles(
+    w_packed: jax.Array, w_scale: jax.Array, w_zero: jax.Array | None
+) -> list[jax.Array]:
+    """The weights with rows for whole tiles of 8, as Mosaic's TMA wants them, and 16 bytes."""
+    given = [_lib.pad(w_packed, 8, 1), _lib.pad(w_scale, 16)]
+    return given if w_zero is None else [*given, _lib.pad(w_zero, 16)]
 
 
 def _product(
@@ -539,17 +602,24 @@ def _product(
     store = min(EPILOGUE_M, block_m)
     transposing = functools.partial(plgpu.SMEM, transforms=(plgpu.SwizzleTransform(128),))
     atomic = atomic and slices > 1
+    inside = 1 if atomic else _inside(config, slices, M, K, group)
+    done = slices == inside  # by the first kernel
     sums_type = jax.ShapeDtypeStruct((1 if atomic else slices, rows, tokens), jnp.float32)
-    zeros, biased = w_zero is not None, bias is not None and slices == 1
-    scratch = _rings(config, x.dtype, group, zeros)
-    if slices == 1:
+    zeros, biased = w_zero is not None, bias is not None and done
+    scratch = _rings(config, x.dtype, group, zeros, inside)
+    if done:
         scratch.append(transposing((config.warpgroups, store, ROWS), x.dtype))
     elif atomic:
         scratch.append(plgpu.SMEM((config.warpgroups, ROWS, min(16, block_m)), jnp.float32))
+    if inside > 1:
+        scratch.append(plgpu.SMEM((config.warpgroups, ROWS, block_m), jnp.float32))
+    copies = (4 if inside == 1 else inside) + 2 + zeros
     scratch += [
-        plgpu.Barrier(num_arrivals=7 if zeros else 6, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
     ]
+    if inside > 1:
+        scratch.append(plgpu.Barrier(num_arrivals=config.warpgroups))
     out = plgpu.kernel(
         functools.partial(
             _int4_matmul_kernel,
@@ -557,12 +627,13 @@ def _product(
             K=K,
             group=group,
             split_k=slices,
+            inside=inside,
             atomic=atomic,
             config=config,
             zeros=zeros,
             biased=biased,
         ),
-        out_type=() if atomic else sums_type if slices > 1 else y_type,
+        out_type=() if atomic else y_type if done else sums_type,
         scratch_types=scratch,
         grid=(_lib.num_sms(),),
         grid_names=("sm",),
@@ -571,16 +642,18 @@ def _product(
         kernel_name="int4_matmul_kernel",
     )
     bias = None if bias is None else _lib.pad(bias, block_n)
-    given = [x, w_packed, _lib.pad(w_scale, 16)]
-    given += [_lib.pad(w_zero, 16)] if w_zero is not None else []
-    given += [bias] if biased else []
+    given = _whole_tiles(w_packed, w_scale, w_zero)
+    if inside > 1:
+        given = [a.reshape(inside, len(a) // inside, *a.shape[1:]) for a in given]
+    x = _lib.pad(x, 8 if M > 8 else 1, PLANE)
+    given = [x, *given, *([bias] if biased else [])]
     if atomic:
         sums = jax.new_ref(jnp.zeros(sums_type.shape, sums_type.dtype))
         out(*given, sums)
         y = sums[...]
     else:
         y = out(*given)
-    if slices > 1:
+    if not done:
         y = plgpu.kernel(
             functools.partial(
                 _int4_reduce_kernel, split_k=sums_type.shape[0], biased=bias is not None
@@ -612,14 +685,13 @@ def _dequantized(
     ]
     kernel = plgpu.kernel(
         functools.partial(_int4_dequantize_kernel, group=group, zeros=zeros),
-        out_type=jax.ShapeDtypeStruct((N, K), dtype),
+        out_type=jax.ShapeDtypeStruct((_lib.cdiv(N, 8) * 8, _lib.cdiv(K, PLANE) * PLANE), dtype),
         scratch_types=scratch,
         grid=(_lib.cdiv(N, ROWS), _lib.cdiv(K, BLOCK_K)),
         grid_names=("n", "block"),
         kernel_name="int4_dequantize_kernel",
     )
-    given = [w_packed, _lib.pad(w_scale, 16)]
-    w = kernel(*given, *([] if w_zero is None else [_lib.pad(w_zero, 16)]))
+    w = kernel(*_whole_tiles(w_packed, w_scale, w_zero))[:N, :K]
     return _lib.vary_alike(w, w_scale)[0]
 
 

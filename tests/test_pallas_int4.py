@@ -4,6 +4,7 @@ any tiles, JAX's transformations.
 The kernels run in the interpreter, which conftest.py switches on with its race detector.
 """
 
+import functools
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,7 @@ from parity import formats
 from parity.frameworks import mosaic_interpreter
 
 SMALL = Config(8, 128, 2, 1, 2)
+MATMUL = importlib.import_module("pallas_kernels.int4_matmul")
 QUANTIZER = importlib.import_module("pallas_kernels.int4_matmul_quantize")
 
 
@@ -252,11 +254,36 @@ def test_tiles_change_nothing(config):
     assert np.array_equal(y, (_f64(x) @ whole.T).astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("M", [7, 13])
+def test_sizes_that_are_no_multiple_of_anything(M):
+    w, arrays = _quantized(101, 544, 32)
+    x, dy = _normal(0, M, 544), _normal(1, M, 101)
+    y, res = jax.jit(lambda *a: int4_matmul_fwd(*a, group=32, config=SMALL))(x, *arrays)
+    _close(y, _f64(x) @ w.T)
+    (dx,) = jax.jit(lambda *a: int4_matmul_bwd(*a, group=32))(res, dy)
+    _close(dx, _f64(dy) @ w, 8e-3)
+
+
 def test_slices_change_only_the_rounding():
     w, arrays = _quantized(136, 1280, 256, symmetric=True)
     x, bias = _normal(0, 3, 1280), _normal(1, 136)
     run = jax.jit(lambda *a: int4_matmul(*a, group=256, split_k=3, bias=bias, config=SMALL))
     _close(run(x, *arrays), _f64(x) @ w.T + _f64(bias))
+
+
+@pytest.mark.parametrize(
+    ("slices", "warpgroups", "symmetric"), [(2, 2, False), (4, 4, True), (2, 4, False)]
+)
+def test_slices_of_one_block_are_added_like_those_of_several(slices, warpgroups, symmetric):
+    _, arrays = _quantized(296, 2048, 64, symmetric)
+    x, bias = _normal(0, 7, 2048), _normal(1, 296)
+    outputs = []
+    for pieces in (1, 2):
+        config = Config(8, 64 * warpgroups * pieces, 2, 1, warpgroups)
+        assert MATMUL._inside(config, slices, 7, 2048, 64) == (slices if pieces == 1 else 1)
+        run = functools.partial(int4_matmul, group=64, split_k=slices, bias=bias, config=config)
+        outputs.append(jax.jit(run)(x, *arrays))
+    assert np.array_equal(*outputs)
 
 
 def test_added_as_they_come_the_slices_have_the_same_sum():
