@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from parity import formats
+from parity.compile import compile_gate
 from parity.frameworks import mosaic_interpreter, twin
+from parity.problems import problem
 
 torch = pytest.importorskip("torch")
 STEMS = ("int8_quantize", "fp8_quantize", "hadamard")
@@ -255,6 +257,14 @@ def test_tiny_scales_below_float32s_normal_numbers():
     for exponent in range(0, 12):
         found = np.asarray(int8._scale(jnp.asarray(top * np.float32(2.0**exponent))))
         same(found, top * np.float32(2.0**exponent) / np.float32(127))
+
+
+def test_what_no_interpreter_sees_compiles(tmp_path):
+    """PTX for pairs of float16, TMA over rows that 8 does not divide."""
+    workloads = ("ci_quantize",)
+    rows = compile_gate([problem("hadamard")], workloads=workloads, sass=False, cache=tmp_path)
+    assert len(rows) == 4
+    assert all(row.status in ("ok", "lowered") and not row.message for row in rows), rows
 
 
 # --- bad input
