@@ -78,7 +78,7 @@ def default_config(R: int, n: int, dtype: Any) -> Config:
     del R, dtype
     # The matrices take 8 to 32 KB, a tile as much, and so does what is stored. Small blocks: the
     # multiprocessors take the next one when they are ready.
-    return {64: Config(64, 3, 4, 1), 128: Config(64, 2, 4, 1), 256: Config(64, 2, 2, 1)}[n]
+    return {64: Config(64, 3, 5, 1), 128: Config(64, 2, 4, 1), 256: Config(64, 2, 2, 1)}[n]
 
 
 def _hadamard_kernel(
