@@ -97,6 +97,12 @@ class Config:
         return self.block_t, self.block_c, self.block_t // self.parts
 
     @property
+    def carry_shape(self) -> tuple[int, int, int]:
+        """The same for the carry pass, in which a few programs may have most of the work: twice the
+        steps of half the channels."""
+        return 2 * self.block_t, self.block_c // 2, self.block_t // self.parts
+
+    @property
     def resources(self) -> dict[str, int]:
         """What a launch takes."""
         registers = 65536 // (32 * self.warps * self.programs) // 8 * 8
@@ -330,20 +336,12 @@ def _forward(
     with _lib.on_device(a):
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(T, W, B, a.dtype)
-        chunk, grid = launch_sizes(T, W, tiles)
+        chunk, grid, carry_grid = launch_sizes(T, W, tiles)
         sizes = T, B, chunk, W, a.stride(0), b.stride(0)
         carry = a.new_empty(grid[1], 2, W, dtype=torch.float32)
         if grid[1] > 1:
-            _linear_scan_carry_kernel[grid[0], grid[1] - 1](
-                a,
-                b,
-                cu_seqlens,
-                h0,
-                carry,
-                *sizes,
-                *tiles.shape,
-                False,
-                **tiles.resources,
+            _linear_scan_carry_kernel[carry_grid](
+                a, b, cu_seqlens, h0, carry, *sizes, *tiles.carry_shape, False, **tiles.resources
             )
         _linear_scan_fwd_kernel[grid](
             a, b, cu_seqlens, h0, carry, h, h_T, *sizes, *tiles.shape, **tiles.resources
@@ -378,12 +376,12 @@ def _backward(
     with _lib.on_device(a):
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(T, W, B, a.dtype, "bwd")
-        chunk, grid = launch_sizes(T, W, tiles)
+        chunk, grid, carry_grid = launch_sizes(T, W, tiles)
         carry = a.new_empty(grid[1], 2, W, dtype=torch.float32)
         if grid[1] > 1:
-            _linear_scan_carry_kernel[grid[0], grid[1] - 1](
+            _linear_scan_carry_kernel[carry_grid](
                 a, dh, cu_seqlens, dh_T, carry, T, B, chunk, W, a.stride(0), dh.stride(0),
-                *tiles.shape, True, **tiles.resources,
+                *tiles.carry_shape, True, **tiles.resources,
             )  # fmt: skip
         _linear_scan_bwd_kernel[grid](
             a, h, cu_seqlens, h0, carry, dh, dh_T, da, db, dh0, T, B, chunk, W,

@@ -38,10 +38,12 @@ def tiling(T: int, W: int, B: int, alone: bool) -> tuple[int, int, int, int]:
     return block_c, chunks, warps, programs
 
 
-def launch_sizes(T: int, W: int, tiles: Any) -> tuple[int, tuple[int, int]]:
-    """Steps of a chunk, a multiple of the tile's, and the grid."""
+def launch_sizes(T: int, W: int, tiles: Any) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """Steps of a chunk, a multiple of the tile's, the grid, and that of the carry pass."""
     chunk = _lib.cdiv(_lib.cdiv(T, tiles.chunks), tiles.block_t) * tiles.block_t
-    return chunk, (_lib.cdiv(W, tiles.block_c), _lib.cdiv(T, chunk))
+    chunks = _lib.cdiv(T, chunk)
+    carry_grid = _lib.cdiv(W, tiles.carry_shape[1]), chunks - 1
+    return chunk, (_lib.cdiv(W, tiles.block_c), chunks), carry_grid
 
 
 def check_sequences(cu_seqlens: Tensor, W: int, **states: Tensor | None) -> None:

@@ -417,12 +417,12 @@ def _forward(
     with _lib.on_device(x):
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(T, W, B, x.dtype)
-        chunk, grid = launch_sizes(T, W, tiles)
+        chunk, grid, carry_grid = launch_sizes(T, W, tiles)
         sizes = T, B, chunk, c, W, x.stride(0), r_pre.stride(0), i_pre.stride(0)
         carry = x.new_empty(grid[1], 2, W, dtype=torch.float32)
         if grid[1] > 1:
-            _rglru_carry_kernel[grid[0], grid[1] - 1](
-                x, r_pre, i_pre, lam, cu_seqlens, h0, carry, *sizes, *tiles.shape,
+            _rglru_carry_kernel[carry_grid](
+                x, r_pre, i_pre, lam, cu_seqlens, h0, carry, *sizes, *tiles.carry_shape,
                 h0 is None, False, **tiles.resources,
             )  # fmt: skip
         _rglru_fwd_kernel[grid](
@@ -475,13 +475,13 @@ def _backward(
     with _lib.on_device(x):
         _lib.check_gpu()
         tiles = Config(*config) if config else default_config(T, W, B, x.dtype, "bwd")
-        chunk, grid = launch_sizes(T, W, tiles)
+        chunk, grid, carry_grid = launch_sizes(T, W, tiles)
         carry = x.new_empty(grid[1], 2, W, dtype=torch.float32)
         sums = x.new_empty(grid[1], W, dtype=torch.float32)
         if grid[1] > 1:
-            _rglru_carry_kernel[grid[0], grid[1] - 1](
-                dh, r_pre, i_pre, lam, cu_seqlens, dh_T, carry, T, B, chunk, c, W,
-                dh.stride(0), r_pre.stride(0), i_pre.stride(0), *tiles.shape, h0 is None, True,
+            _rglru_carry_kernel[carry_grid](
+                dh, r_pre, i_pre, lam, cu_seqlens, dh_T, carry, T, B, chunk, c, W, dh.stride(0),
+                r_pre.stride(0), i_pre.stride(0), *tiles.carry_shape, h0 is None, True,
                 **tiles.resources,
             )  # fmt: skip
         _rglru_bwd_kernel[grid](
