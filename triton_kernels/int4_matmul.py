@@ -100,7 +100,8 @@ def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
     if M <= 2:
         return Config(block_m=8, block_n=32, stages=4, warps=2)
     if M <= FEW_M:
-        return Config(block_m=8 if M <= 8 else 16, block_n=128, stages=4, warps=8)
+        rows = 128 if _lib.cdiv(N, 128) * default_split(M, N, K) >= 200 else 64
+        return Config(block_m=8 if M <= 8 else 16, block_n=rows, stages=4, warps=rows // 16)
     if M <= 64:
         return Config(block_m=32 if M <= 32 else 64, block_n=256, stages=4, warps=16)
     # Too few tiles of 256 rows: half of that, twice the programs, two to a multiprocessor.
