@@ -71,8 +71,10 @@ class Config:
 def default_config(M: int, K: int, dtype: torch.dtype, which: str = "rows") -> Config:
     """The Config for x [M, K] on a Hopper; which: "rows", "rows_transposed", "cols" or "blocks"."""
     del M, dtype
-    if which == "rows":  # 16 KB of a row, 64 bytes for each thread: four loads in flight
-        block_n = min(8192, max(BLOCK, _lib.power_of_2(K)))
+    if which == "rows":
+        # 16 KB, 64 bytes for each thread, four loads in flight: of one row, or of several if that
+        # leaves no tile half empty.
+        block_n = min(8192, max(K & -K, min(1024, _lib.power_of_2(K))))
         return Config(8192 // block_n, block_n, 8)
     # 32 rows: their scales fill a line of 128 bytes, one below the other
     return Config(32, 256, 8) if which == "rows_transposed" else Config(128, 128, 8)
@@ -148,11 +150,10 @@ def _fp8_quantize_kernel(
     x_ptr,  # [M, K]
     q_ptr,  # [M, K] uint8
     scale_ptr,  # [SM, SK] float32, of any strides
-    M, K, SM, SK, stride_xm, stride_sm, stride_sk, ue8m0: tl.constexpr,
+    M, K, num_n, SM, SK, stride_xm, stride_sm, stride_sk, ue8m0: tl.constexpr,
     share_m: tl.constexpr, share_n: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
-    num_n = tl.cdiv(K, block_n)
     mi, ni = tl.program_id(0) // num_n, tl.program_id(0) % num_n
     m = (mi * block_m + tl.arange(0, block_m)[:, None]).to(tl.int64)
     n = ni * block_n + tl.arange(0, block_n)[None, :]
@@ -218,9 +219,9 @@ def _quantize(x: Tensor, which: str, ue8m0: bool, config: list[int] | None) -> l
         with _lib.on_device(x):
             _lib.check_gpu()
             tiles = Config(*config) if config else default_config(M, K, x.dtype, which)
-            grid = _lib.cdiv(M, tiles.block_m) * _lib.cdiv(K, tiles.block_n)
-            _fp8_quantize_kernel[(grid,)](
-                x, q, by_row, M, K, *by_row.shape, x.stride(0), *by_row.stride(), ue8m0,
+            num_m, num_n = _lib.cdiv(M, tiles.block_m), _lib.cdiv(K, tiles.block_n)
+            _fp8_quantize_kernel[(num_m * num_n,)](
+                x, q, by_row, M, K, num_n, *by_row.shape, x.stride(0), *by_row.stride(), ue8m0,
                 *_SHARES[which], tiles.block_m, tiles.block_n,
                 num_warps=tiles.warps, maxnreg=REGISTERS,
             )  # fmt: skip
