@@ -92,6 +92,7 @@ def default_config(
     del T, Hq, Hk, dtype
     if which == "atomic":
         # dk and dv take 128 registers, x and dx 64, then dq 32. Twice the keys halve what is added.
+        # One program a multiprocessor: nothing else runs while it waits for q and do, but a stage.
         return Config(64, 64, 1, 8) if D > 128 else Config(128, 64, 3, 8)
     if D > 128:
         # 64 rows and their float32 sums take 128 registers of each of 128 threads, two such sums
