@@ -4,8 +4,8 @@
             one program walks over. A sequence without tokens has one span, without tokens.
     slot    the number of a chunk among those of all sequences, in order
 
-    states kernel, forwards:     S = e^(b_n) S + (e^(b_n - b) u k)^T v       chunk by chunk
-            against time:        dS = e^(b_n) dS + (scale e^b q)^T dy
+    states kernel, forwards:     S = e^(b_n) S + k^T (e^(b_n - b) u v)       chunk by chunk
+            against time:        dS = e^(b_n) dS + q^T (scale e^b dy)
     scan kernel: from what every span adds to a state, and how far it decays one: what enters each
 
 Programs find their span in cu_seqlens by themselves; there are at most T // span + B. Sequence
