@@ -99,8 +99,10 @@ def _factors(top: Any, scale: Any, dtype: Any) -> tuple[Any, ...]:
     divisor = scale * power
     if dtype == jnp.bfloat16:
         left = top * power - 128 * divisor + divisor  # top - 127 * scale, all of it exact
-        units = jnp.where(left == 0, 0, jnp.where(left < divisor * -(2.0**-18), -3, 3))
+        units = jnp.where(left < divisor * -(2.0**-18), -3, 3)
         inverse = lax.bitcast_convert_type(1.0 / divisor, jnp.int32) + units
+        exact = (254 << 23) - lax.bitcast_convert_type(divisor, jnp.int32)  # of a power of two
+        inverse = jnp.where(left == 0, exact, inverse)
         return (lax.bitcast_convert_type(inverse, jnp.float32),)
     reciprocal = _leading_bits(1.0 / divisor)
     first = _leading_bits(divisor)

@@ -162,8 +162,10 @@ def _codes(x, top, scale):
     scaled = _scaled(x, power, known)
     if x.dtype == tl.bfloat16:
         left = top * power - 128 * divisor + divisor  # top - 127 * scale, all of it exact
-        units = tl.where(left == 0, 0, tl.where(left < divisor * -(2.0**-18), -3, 3))
+        units = tl.where(left < divisor * -(2.0**-18), -3, 3)
         inverse = (1.0 / divisor).to(tl.int32, bitcast=True) + units
+        exact = (254 << 23) - divisor.to(tl.int32, bitcast=True)  # of a power of two
+        inverse = tl.where(left == 0, exact, inverse)
         rounded = scaled * inverse.to(tl.float32, bitcast=True) + MAGIC
     else:
         reciprocal = _leading_bits(1.0 / divisor)
