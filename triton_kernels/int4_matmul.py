@@ -270,7 +270,10 @@ def _int4_matmul_kernel(
     out_ptr,  # y [M, N], or the slices' sums [split_k, M, N], or one sum that all add to
     M, N, K, stride_xm, stride_xk,
     group: tl.constexpr, split_k: tl.constexpr, atomic: tl.constexpr,
-    few: tl.constexpr, batch: tl.constexpr, width: tl.constexpr, whole: tl.constexpr,
+    few: tl.constexpr,  # tokens, multiplied in
+    batch: tl.constexpr,  # products side by side
+    width: tl.constexpr,  # columns of a block of K that a step reads: 4 * width of K
+    whole: tl.constexpr,  # N and K are whole tiles
     block_m: tl.constexpr, block_n: tl.constexpr, group_m: tl.constexpr,
 ):  # fmt: skip
     # --- 1. which tile
@@ -282,7 +285,6 @@ def _int4_matmul_kernel(
     m = (first + tl.program_id(0) % panel % height) * block_m
     n = tl.program_id(0) % panel // height * block_n
     rows = n + tl.arange(0, block_n)
-    # A step is `width` columns of a block of K: 4 * width of K.
     pieces: tl.constexpr = 64 // width
     blocks = tl.cdiv(K, 256)
     part = tl.program_id(1)
