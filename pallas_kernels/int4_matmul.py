@@ -54,6 +54,7 @@ from jax.extend.mlir.dialects import arith, vector
 from jaxlib.mlir.dialects import llvm
 
 from . import _lib
+from .int4_matmul_prepack import ordered
 from .int4_matmul_quantize import quantized
 from .matmul import matmul_fwd
 
@@ -508,27 +509,9 @@ def int4_prepack(
 
     Raises as int4_matmul does.
     """
-    N, K, prepacked = _check_weights(w_packed, w_scale, w_zero, group, None)
-    if prepacked:
+    if _check_weights(w_packed, w_scale, w_zero, group, None)[2]:
         raise ValueError("w_packed: expected shape [N, K / 2], got weights that are prepacked")
-    blocks = _lib.cdiv(K, BLOCK_K)
-    if K % BLOCK_K:
-        w_packed = jnp.pad(w_packed, ((0, 0), (0, -K % BLOCK_K // 2)), constant_values=0x88)
-    code = _codes(w_packed).astype(jnp.int16).reshape(N, blocks, 4, PLANE).transpose(1, 2, 0, 3)
-    words = code[:, 0] | code[:, 1] << 4 | code[:, 2] << 8 | code[:, 3] << 12
-    if w_zero is not None:
-        w_zero = _codes(w_zero)[:, : K // group].T
-    return words, w_scale.T, w_zero
-
-
-def _codes(packed: jax.Array) -> jax.Array:
-    """uint8 [rows, n] -> [rows, 2n], the low nibble first.
-
-    By a shift that differs, which XLA computes in place; of two stacked arrays it asks for each
-    element which one it is from.
-    """
-    shift = lax.iota(jnp.uint8, 2) << 2
-    return (packed[:, :, None] >> shift & 15).reshape(len(packed), 2 * packed.shape[1])
+    return ordered(w_packed, w_scale, w_zero, group)
 
 
 def _prepacked(
