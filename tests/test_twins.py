@@ -45,6 +45,8 @@ OWN_KERNELS: dict[str, set[str]] = {
         "decay_attention_dq_kernel",
         "decay_attention_dkdv_kernel",
     },
+    # XLA makes one fusion of it, where PyTorch's operations are seventeen launches
+    "triton_kernels/int4_matmul": {"int4_prepack_kernel"},
 }
 
 
