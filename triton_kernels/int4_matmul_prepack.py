@@ -107,7 +107,8 @@ def ordered(w_packed: Tensor, w_scale: Tensor, w_zero: Tensor | None, group: int
     found = _fake(w_packed, w_scale, w_zero, group)
     if w_packed.numel():
         w_packed, w_scale = w_packed.contiguous(), w_scale.contiguous()
-        if w_packed.storage_offset() % 4:  # words of 32 bits start at multiples of 4 bytes
+        # Words of 32 bits start at multiples of 4 bytes.
+        if (w_packed.storage_offset() | w_packed.data_ptr()) % 4:
             w_packed = w_packed.clone()
         with _lib.on_device(w_packed):
             _lib.check_gpu()
