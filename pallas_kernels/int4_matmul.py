@@ -78,7 +78,8 @@ ROW = TILE.reduce(1)  # one value for each row of W
 class Config:
     """Tile sizes and resources of the kernel; the result does not depend on them.
 
-    block_m, block_n: tokens and rows of W of a block's tile.
+    block_m, block_n: tokens and rows of W of a block's tile; where a block takes all slices of K
+        itself, the rows of all slices together.
     stages: slots of the ring; each holds 256 of K.
     group_m: tiles along m that are visited before the next tile along n.
     warpgroups: compute warpgroups; each takes block_n / warpgroups rows of W (one more loads).
