@@ -10,9 +10,8 @@
         memory warpgroup:   TMA q; for each tile of keys that one of the queries may see: wait until
                             the slots are free; TMA k and v into them
         compute warpgroups: 64 queries each; for each such tile of keys, ni, after the one before:
-                            in turns: x = q @ k[ni]^T and acc += p @ v[before]
-                            p = online softmax of x, masked where the plan does not call it free,
-                            while the other warpgroup multiplies
+                            x = q @ k[ni]^T, and acc += p @ v[before], under way while
+                            p = online softmax of x, masked where the plan does not call it free
                             o = acc / row_sum
 
 Both roles walk over the same tiles of keys: they jump over images under diffusion that nobody here
@@ -23,9 +22,10 @@ Limits: Hopper; bfloat16 and float16; head dims 64, 96, 128 and 256.
 
 Twin: triton_kernels/hybrid_attention.py.
 
-Sources: roles, turns of the warpgroups and the order of the two products follow FlashAttention-3
-and JAX's own Hopper attention (jax.experimental.pallas.ops.gpu.attention_mgpu); tiles by the bounds
-of their intervals follow Tokamax's attention; what is seen is BAGEL's mask.
+Sources: roles and the order of the two products follow FlashAttention-3 and JAX's own Hopper
+attention (jax.experimental.pallas.ops.gpu.attention_mgpu), but for their turns of the warpgroups,
+which gained nothing (docs/tried.md); tiles by the bounds of their intervals follow Tokamax's
+attention; what is seen is BAGEL's mask.
 """
 
 import functools
@@ -64,7 +64,6 @@ from .hybrid_attention_tiles import (
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_DIMS = (64, 96, 128, 256)
-TURNS = True  # whether the warpgroups multiply in turns
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _hybrid_attention_kernel(
     alibi_gmem = next(given) if biased else None  # [Hq]
     o_gmem, lse_gmem = next(given), next(given)  # [T, Hq, D], [Hq, T]
     q_smem, k_smem, v_smem, lse_smem = (next(given) for _ in range(4))
-    q_full, q_free, k_full, k_free, v_full, v_free, turn, clean = (next(given) for _ in range(8))
+    q_full, q_free, k_full, k_free, v_full, v_free, clean = (next(given) for _ in range(7))
     o_smem = next(given, None)  # where q is still needed when o is stored
     _, Hq, D = q_gmem.shape
     G = Hq // k_gmem.shape[1]
@@ -181,12 +180,6 @@ def _hybrid_attention_kernel(
         for slot in range(stages):
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
-
-        def pass_turn() -> None:
-            if TURNS:
-                plgpu.barrier_arrive(turn.at[1 - wg])
-
-        pl.when(wg == 1)(pass_turn)
 
         def own() -> Any:
             return pl.ds(warpgroup() * TILE, TILE)
@@ -250,14 +243,11 @@ def _hybrid_attention_kernel(
                 after, free, dead_too = look(ni)  # here, since memory takes its time
                 plgpu.barrier_wait(k_full.at[slot])
                 clear_v(dead, last, v_slot)
-                if TURNS:
-                    plgpu.barrier_wait(turn.at[wg])
 
                 def products(x_acc: Any, o_acc: Any) -> Any:
                     o_acc[...] = acc
                     plgpu.wgmma(x_acc, q_smem.at[own()], k_smem.at[slot].T)
                     plgpu.wgmma(o_acc, p, v_smem.at[v_slot])
-                    pass_turn()
                     x = plgpu.wgmma_accumulator_load(x_acc, wait_n=1)
                     plgpu.barrier_arrive(k_free.at[slot])
                     new = softmax(x, ni, free, row_max, row_sum)
@@ -312,8 +302,6 @@ def _hybrid_attention_kernel(
             return step + 1
 
         plgpu.wait_smem_to_gmem(0)
-        if TURNS:
-            pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
 
 def _forward(
@@ -359,7 +347,6 @@ def _forward(
             plgpu.SMEM((WARPGROUPS, TILE), jnp.float32),
             *(plgpu.Barrier(), plgpu.Barrier(num_arrivals=WARPGROUPS)),
             *(ring(), ring(num_arrivals=WARPGROUPS)) * 2,
-            plgpu.Barrier(num_barriers=WARPGROUPS),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             *beside,
         ],
