@@ -76,9 +76,9 @@ class Config:
 def default_config(R: int, n: int, dtype: Any) -> Config:
     """The Config for R rows of n elements on a Hopper."""
     del R, dtype
-    # The matrices take 8 to 32 KB, a tile as much, and so does what is stored. Small blocks: the
-    # multiprocessors take the next one when they are ready.
-    return {64: Config(64, 3, 5, 1), 128: Config(64, 2, 4, 1), 256: Config(64, 2, 2, 1)}[n]
+    # The matrices take 8 to 32 KB, a tile as much, and so does what is stored: as many warpgroups
+    # as that leaves room for, up to 4. In two blocks they wait for each other less.
+    return {64: Config(64, 3, 4, 1), 128: Config(64, 2, 2, 2), 256: Config(64, 2, 2, 1)}[n]
 
 
 def _hadamard_kernel(
@@ -122,7 +122,7 @@ def _hadamard_kernel(
         """64 of the signs, along one axis of a matrix. [64, 64]"""
         part = signs_gmem.at[pl.ds(p * 64, 64)]
         signs = plgpu.load(part, layout=layout.reduce(1 - axis), optimized=False)
-        return lax.broadcast_in_dim(signs, (64, 64), [axis])
+        return lax.broadcast_in_dim(signs.astype(jnp.float32), (64, 64), [axis])
 
     @pl.loop(wg, parts, step=config.warpgroups)
     def _(p):
@@ -226,7 +226,7 @@ def _rotated(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="hadamard_kernel",
-    )(x, signs.astype(jnp.float32))
+    )(x, signs)
     return tuple(part[:R] for part in result)
 
 

@@ -68,10 +68,9 @@ def default_config(R: int, n: int, dtype: torch.dtype) -> Config:
     """The Config for R rows of n elements on a Hopper."""
     del R, dtype
     # 64 rows are what a warpgroup multiplies at once. The matrices take 8 to 32 KB, a tile as much:
-    # two tiles, three of the smallest, and as many programs as fit. 256 elements a row are too
-    # much for the registers of 4 warps.
-    stages, warps, programs = {64: (3, 4, 5), 128: (2, 4, 4), 256: (2, 8, 2)}[n]
-    return Config(64, stages, warps, programs)
+    # three tiles, two of the largest, and as many programs as fit.
+    stages, programs = {64: (3, 5), 128: (3, 3), 256: (2, 2)}[n]
+    return Config(64, stages, 4, programs)
 
 
 @triton.jit

@@ -82,12 +82,12 @@ class Config:
 def default_config(R: int, N: int, dtype: torch.dtype) -> Config:
     """The Config for R rows (or groups) of N columns on a Hopper."""
     del R, dtype
-    # A row is up to 8 tiles of 8 elements for each thread, loads of 16 bytes that are in flight
-    # together; a tile as long as the row would be a power of two, and 14336 is none. Short rows
-    # share 16 KB.
+    # 16 elements for each thread: 4 warps for as many short rows as fill them, up to 16 for a long
+    # one. A longer one goes on in tiles of 4096 in place of one that is a power of two, which 14336
+    # is not; all its loads are in flight together.
     columns = max(16, _lib.power_of_2(N))
-    block_n = min(columns, 2048 if N <= KEPT * 2048 else 4096)
-    return Config(max(1, 8192 // columns), block_n, 16 if block_n == 4096 else 8)
+    warps = min(16, max(4, columns // 512))
+    return Config(max(1, 2048 // columns), min(columns, 4096), warps)
 
 
 @triton.jit
