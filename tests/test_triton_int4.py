@@ -1,8 +1,10 @@
 """The Triton four-bit product beside parity: bad input, both orders of weights, any tiles, edges,
 autograd's manners."""
 
+import dataclasses
 import importlib
 import os
+import re
 
 import numpy as np
 import pytest
@@ -319,6 +321,47 @@ def test_weights_stay_in_registers(tmp_path):
         assert loop is not None and loop.kinds["cp.async"] >= 6
         assert loop.kinds["wgmma" if row.workload == "llama70b_up_m64" else "mma.sync"] >= 16
         assert loop.kinds["shared store"] == loop.kinds["stmatrix"] == loop.kinds["shuffle"] == 0
+
+
+def multiplied_as_integers(ptx):
+    """Integer products, in ptx, of a float32 product's bits."""
+    floats, found = set(), []
+    for line in ptx.splitlines():
+        op, *names = re.findall(r"^[a-z][\w.]*|%?\b[a-z]\w*", line.strip()) or [""]
+        if re.match(r"mul\.(\w+\.)*f32", op):
+            floats.add(names[0])
+        elif not floats.isdisjoint(names[1:]):
+            if re.match(r"(mul|mad)(24)?\.(lo|hi|wide)\.[us]", op):
+                found.append(line.strip())
+            elif re.match(r"(mov|add|sub|neg)\.[bus]", op):
+                floats.add(names[0])
+    return found
+
+
+@pytest.mark.parametrize("twin", ["triton", "pallas"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ptxas_is_given_no_product_that_it_mixes_up(tmp_path, twin, symmetric):
+    """(x * c) * d, a float's product times an integer's: ptxas has made it x * (c * d)."""
+    work = PROBLEM.workload("int4_quantize_8192x8192")
+    options = {"group": 128, "symmetric": symmetric}
+    work = dataclasses.replace(work, name=f"symmetric_{symmetric}", options=options)
+    problem = dataclasses.replace(PROBLEM, workloads=(work,))
+    (row,) = compile_gate([problem], workloads=[work.name], twins=(twin,), cache=tmp_path)
+    if row.status == "lowered":
+        pytest.skip("needs jax's CUDA compiler (make sass)")
+    assert not row.fails, row.message
+    assert not multiplied_as_integers((tmp_path / row.listing).read_text())
+
+
+def test_a_product_that_ptxas_mixes_up_is_found():
+    ptx = """
+        mul.f32 \t%r2, %r1, 0f4B400000;
+        sub.s32 \t%r3, 8, %r2;
+        shl.b32 \t%r4, %r2, 4;
+        mul.lo.s32 \t%r5, %r4, 3;
+        mul.lo.s32 \t%r6, %r3, 286331153;
+    """
+    assert multiplied_as_integers(ptx) == ["mul.lo.s32 \t%r6, %r3, 286331153;"]
 
 
 def test_defaults_follow_the_sizes():
