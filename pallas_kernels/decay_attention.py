@@ -380,7 +380,10 @@ def decay_attention_bwd(
         q, k, v, dy, gates, S0, dS_T, None, cu_seqlens, scale=float(scale), transposed=False,
         config=config,
     )  # fmt: skip
-    dg, di = gates_bwd(dgates, gates, cu_seqlens, T, constant=g.ndim == 1, weighted=i is not None)
+    dg, di = gates_bwd(
+        dgates, gates, cu_seqlens, T, constant=g.ndim == 1, weighted=i is not None,
+        entered=S0 is not None,
+    )  # fmt: skip
     found = [dq, dk, dv, dg]
     if i is not None:
         found.append(di)

@@ -137,12 +137,14 @@ def _decay_attention_gates_kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _decay_attention_gates_bwd_kernel(*refs: Any, T: int, constant: bool, weighted: bool) -> None:
+def _decay_attention_gates_bwd_kernel(
+    *refs: Any, T: int, constant: bool, weighted: bool, entered: bool
+) -> None:
     dgates_gmem, gates_gmem, cu_gmem, dg_gmem, *di_gmem = refs[:-5]
     dgates_smem, gates_smem, dg_smem, di_smem, full = refs[-5:]
     # --- 1. which tile
     p, heads = lax.axis_index("slot"), pl.ds(lax.axis_index("heads") * HEADS, HEADS)
-    _, first, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
+    _, first, end, begins, _ = find_span(cu_gmem, p, T, CHUNK)
     live = end - first
     plgpu.copy_gmem_to_smem(dgates_gmem.at[p, heads], dgates_smem, full.at[0])
     plgpu.barrier_wait(full.at[0])
@@ -154,6 +156,8 @@ def _decay_attention_gates_bwd_kernel(*refs: Any, T: int, constant: bool, weight
     def token(t: Any, total: jax.Array) -> jax.Array:
         at = pl.ds(0, HEADS)
         dg = load_lanes(dgates_smem, at, t)
+        if not entered:  # nothing decays at a first token: what is left of its sums is rounding
+            dg = jnp.where(begins & (t == 0), no_heads(), dg)
         if not constant:
             dg_smem[t] = dg
         if weighted:
@@ -247,15 +251,19 @@ def gates_of(
 
 def gates_bwd(
     dgates: jax.Array, gates: jax.Array, cu_seqlens: jax.Array, T: int, *, constant: bool,
-    weighted: bool,
+    weighted: bool, entered: bool,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-    """(dg, di): [T, H], or for a constant g [H]; None without an i."""
+    """(dg, di): [T, H], or for a constant g [H]; None without an i. entered: by states."""
     slots, H, _ = gates.shape
     room = _lib.cdiv(H, HEADS) * HEADS if constant else room_for(H)
     row = jax.ShapeDtypeStruct((T, room_for(H)), jnp.float32)
     dg, *di = launch(
         functools.partial(
-            _decay_attention_gates_bwd_kernel, T=T, constant=constant, weighted=weighted
+            _decay_attention_gates_bwd_kernel,
+            T=T,
+            constant=constant,
+            weighted=weighted,
+            entered=entered,
         ),
         "decay_attention_gates_bwd_kernel",
         [

@@ -126,6 +126,19 @@ def test_any_layout_in_any_spans_is_the_recurrence():
     close(both(CUT)(args, *cotangents), truth(of, args, cotangents))
 
 
+def test_nothing_decays_at_a_first_token_without_a_state():
+    """The gradient of its gate is 0, not what rounding leaves of sums that cancel."""
+    args = arguments([0, 50, 50, 83], given=False)
+    dy, dS_T = normal(6, 83, 2, 48, dtype=HALF), normal(7, 3, 2, 48, 48)
+
+    def gradient(*args):
+        _, res = DECAY.decay_attention_fwd(*args)
+        return DECAY.decay_attention_bwd(res, dy, dS_T)[3]
+
+    dg = np.asarray(jax.jit(gradient)(*args))
+    assert not dg[[0, 50]].any() and dg[[1, 51]].all()
+
+
 def test_nan_stays_in_its_sequence_and_a_wrong_cu_seqlens_comes_to_an_end():
     args, *cotangents = packed()
     clean = both(CUT)(args, *cotangents)
@@ -241,7 +254,9 @@ def test_gates_of_more_heads_than_a_block_has_lanes():
     @interpreted
     def run(g, i, dgates):
         gates = DECAY_GATES.gates_of(g, i, cu, T, H)
-        return gates, *DECAY_GATES.gates_bwd(dgates, gates, cu, T, constant=False, weighted=True)
+        return gates, *DECAY_GATES.gates_bwd(
+            dgates, gates, cu, T, constant=False, weighted=True, entered=True
+        )
 
     gates, dg, di = run(g, i, dgates)
     for slot, (start, stop) in ((0, (0, 64)), (2, (64, T))):
