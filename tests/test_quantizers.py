@@ -138,7 +138,7 @@ def test_rotation_there_and_back(side: str):
 def test_nan_reaches_its_own_vector_and_no_other(side: str):
     x = np.ones((70, 128), HALF)
     x[3, 5], x[66, 7] = np.nan, np.inf
-    signs = np.ones(128, np.int8)
+    signs = np.ones(128, np.float32)
     (y,) = call(side, "hadamard", "hadamard_rotate", x, signs)
     assert not np.isfinite(y[[3, 66]]).any() and np.isfinite(np.delete(y, [3, 66], 0)).all()
     q, scale = call(side, "hadamard", "hadamard_quantize", x, signs, fmt="int8")
@@ -351,6 +351,15 @@ def test_vmap_and_gradient_of_the_rotation():
     y, pull = jax.vjp(lambda v: rotate(v, signs), x)
     assert jnp.array_equal(jax.vmap(lambda one: rotate(one, signs))(x), y)
     assert jnp.array_equal(pull(y)[0], x)  # the way back, and nothing was rounded
+
+
+def test_the_rotation_is_one_kernel():
+    """Beside one of 60 us, a second that only converts the signs takes two."""
+    quantize, signs = PALLAS["hadamard"].hadamard_quantize, jnp.ones(128, jnp.int8)
+    x = jnp.ones((64, 128), jnp.float16)
+    traced = jax.make_jaxpr(lambda v, s: quantize(v, s, "int8"))(x, signs)
+    calls = [eqn for eqn in traced.eqns if eqn.primitive.name != "stop_gradient"]
+    assert len(calls) == 1 and len(calls[0].params["call"].eqns) == 1
 
 
 def test_no_gradient_flows_through_codes_and_none_is_missed():
