@@ -372,5 +372,8 @@ def test_defaults_follow_the_sizes():
     assert config(4096, 28672, 8192, HALF).block_m == 128
     # few rows: their K is shared; many tokens: it is not
     assert split(1, 6144, 4096) > split(1, 28672, 8192) == split(4096, 1024, 8192) == 1
+    # sums of many tokens are many bytes
+    assert split(16, 6144, 4096) < split(1, 6144, 4096)
+    assert split(16, 8192, 28672) == split(1, 8192, 28672)
     for M, N, K in ((1, 64, 256), (16, 6144, 4096), (1, 8192, 28672)):
         assert 1 <= split(M, N, K) <= -(-K // 256)

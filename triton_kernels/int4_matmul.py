@@ -104,11 +104,8 @@ def default_config(M: int, N: int, K: int, dtype: torch.dtype) -> Config:
         return Config(block_m=8 if M <= 8 else 16, block_n=rows, stages=4, warps=rows // 16)
     if M <= 64:
         return Config(block_m=32 if M <= 32 else 64, block_n=256, stages=4, warps=16)
-    # Too few tiles of 256 rows: half of that, twice the programs, two to a multiprocessor.
-    if _lib.cdiv(M, 128) * _lib.cdiv(N, 256) * default_split(M, N, K) < 106:
-        return Config(block_m=128, block_n=128, stages=3, warps=8)
-    # Each tile of tokens unpacks the weights again, and every tile of rows reads its tokens again.
-    return Config(block_m=128, block_n=256, stages=4, warps=16)
+    # Two programs to a multiprocessor: one unpacks while the other waits for its products.
+    return Config(block_m=128, block_n=128, stages=3, warps=8)
 
 
 def default_split(M: int, N: int, K: int) -> int:
@@ -117,12 +114,15 @@ def default_split(M: int, N: int, K: int) -> int:
     More would be written and read again for nothing. Sums of the slices round differently, so that
     this depends on the sizes alone, not on the Config.
     """
+    # No slice of fewer than 4 blocks, which would be all prologue.
+    least = 4
     if M <= FEW_M:
         tiles, enough = _lib.cdiv(N, 16), 1600  # warps, twelve to a multiprocessor
+        # A row's sums, 8 M bytes written and read, at most an eighth of its 128 bytes a block.
+        least = max(least, M // 2)
     else:
         tiles, enough = _lib.cdiv(N, 256) * _lib.cdiv(M, 128), 106  # programs of 16 warps
-    # No slice of fewer than 4 blocks, which would be all prologue.
-    return max(1, min(_lib.cdiv(enough, tiles), _lib.cdiv(K, BLOCK_K) // 4))
+    return max(1, min(_lib.cdiv(enough, tiles), _lib.cdiv(K, BLOCK_K) // least))
 
 
 # More tokens than these, and it takes less time to write W out once and multiply by that: unpacking
