@@ -981,7 +981,6 @@ def _tile() -> tuple[Any, Any]:
 
 def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
     """A kernel for each gap: takes x[64, 64] bfloat16, returns float32 of the same shape."""
-    tiling: Any = plgpu.TilingTransform  # abstract to a type checker
     return {
         "run_state": _kernel(_run_state_body, *_tile()),
         "register_operand": _kernel(_register_operand_body, *_tile()),
@@ -993,7 +992,7 @@ def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
         "plain_store": _kernel(_plain_store_body, plgpu.SMEM((1, 128), jnp.float32)),
         "tiled_load": _kernel(
             _tiled_load_body,
-            plgpu.SMEM((64, 64), jnp.bfloat16, transforms=(tiling((8, 64)),)),
+            plgpu.SMEM((64, 64), jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)),)),
             plgpu.Barrier(),
         ),
         "dependent_launch": _kernel(_dependent_launch_body),
