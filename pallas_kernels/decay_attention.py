@@ -133,7 +133,7 @@ def _decay_attention_fwd_kernel(
     # --- 1. which tile
     wg = lax.axis_index("wg")
     p = lax.axis_index("span")
-    s, first, unused, end, _, ends = find_span(cu_gmem, p, T, span)
+    s, first, end, _, ends = find_span(cu_gmem, p, T, span)
     start = jnp.clip(cu_gmem[s], 0, T)
     chunks = lax.div(end - first + CHUNK - 1, CHUNK)
     place = functools.partial(panel, warpgroups, heads=H // groups, block_v=block_v, V=V)
@@ -165,14 +165,14 @@ def _decay_attention_fwd_kernel(
         h, v = place(wg)
         slot = walk.enter(c)
         t = first + c * CHUNK
-        dead, live = jnp.where(c == 0, unused, 0), jnp.minimum(end - t, CHUNK)
+        live = jnp.minimum(end - t, CHUNK)
         q_tile, k_tile = q_smem.at[slot], k_smem.at[slot]
         v_tile, gates = v_smem.at[slot, wg], gates_smem.at[slot, wg]
 
-        @pl.when(live - dead < CHUNK)
+        @pl.when(live < CHUNK)
         def _() -> None:
-            pl.when(wg == 0)(lambda: clear(k_tile, dead, live))
-            clear(v_tile, dead, live)
+            pl.when(wg == 0)(lambda: clear(k_tile, live))
+            clear(v_tile, live)
             plgpu.commit_smem()
             meet(met, warpgroups)
 
@@ -220,7 +220,7 @@ def _decay_attention_fwd_kernel(
         walk.leave(slot)
         for i in range(block_v // 64):
             store_rows(
-                y_smem.at[wg, i], dead, live,
+                y_smem.at[wg, i], live,
                 lambda lo, n, i=i: y_gmem.at[pl.ds(t + lo, n), h, pl.ds(v.start + i * 64, 64)],
             )  # fmt: skip
         return S

@@ -73,9 +73,8 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
     # --- 1. which tile
     wg, p, group = (lax.axis_index(name) for name in ("wg", "slot", "heads"))
     group, cut = (group, 0) if cuts == 1 else (lax.div(group, cuts), lax.rem(group, cuts))
-    _, first, dead, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
+    _, first, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
     live = end - first
-    extent = live * CHUNK + dead
     rows = pl.ds(first, CHUNK)
     steps = jnp.where(live > 0, heads * parts, 0)
 
@@ -90,11 +89,6 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
         """0, in words that the compiler does not see through: what it is added to is worked out in
         each step. Kept instead, such addresses and masks would fill 50 registers."""
         return lax.div(lax.axis_index("wg"), 2)
-
-    def tokens() -> tuple[Any, Any]:
-        """(dead, live), worked out in each step."""
-        both = extent + hidden()
-        return lax.rem(both, CHUNK), lax.div(both, CHUNK)
 
     def copy(i: Any, slot: Any, barrier: Any) -> None:
         zero = hidden()
@@ -139,11 +133,10 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
     def entered(i: Any, loads: bool) -> Any:
         """The slot of step i, rows of other sequences cleared."""
         slot = walk.enter(i, loads)
-        dead, live = tokens()
 
-        @pl.when(live - dead < CHUNK)
+        @pl.when(live < CHUNK)
         def _() -> None:
-            clear((v_smem if loads else dy_smem).at[slot], dead, live)
+            clear((v_smem if loads else dy_smem).at[slot], live)
             plgpu.commit_smem()
             meet(met, 2)
 
@@ -153,14 +146,13 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
         """Stores dq or dk."""
         zero = hidden()
         t, h = first + zero, group + zero
-        dead, live = tokens()
         for n in range(width // 64):
             out_smem[own, n] = total[:, n * 64 : (n + 1) * 64].astype(out_smem.dtype)
         plgpu.commit_smem()
         for n in range(width // 64):
             columns = pl.ds(cut * width + n * 64, 64)
             store_rows(
-                out_smem.at[own, n], dead, live,
+                out_smem.at[own, n], live + zero,
                 lambda lo, size, columns=columns: target.at[pl.ds(t + lo, size), h, columns],
             )  # fmt: skip
 
@@ -168,11 +160,11 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
     def _() -> None:
         plgpu.barrier_wait(once)
 
-        @pl.when(live - dead < CHUNK)
+        @pl.when(live < CHUNK)
         def _() -> None:
             for n in range(cuts):
-                pl.when(wg == 0)(lambda n=n: clear(q_smem.at[n], dead, live))
-                pl.when(wg == 1)(lambda n=n: clear(k_smem.at[n], dead, live))
+                pl.when(wg == 0)(lambda n=n: clear(q_smem.at[n], live))
+                pl.when(wg == 1)(lambda n=n: clear(k_smem.at[n], live))
             plgpu.commit_smem()
             meet(met, 2)
 
@@ -301,7 +293,7 @@ def _decay_attention_grads_kernel(*refs: Any, scale: float, skips: bool, stages:
                 dv_smem.at[zero][...] = dv.astype(dv_smem.dtype)
                 plgpu.commit_smem()
                 store_rows(
-                    dv_smem.at[zero], *tokens(),
+                    dv_smem.at[zero], live + zero,
                     lambda lo, n: dv_gmem.at[pl.ds(first + zero + lo, n), h + zero, v],
                 )  # fmt: skip
 

@@ -73,9 +73,8 @@ def room_for(H: int) -> int:
     return _lib.cdiv(H, 4) * 4 if H <= HEADS else _lib.cdiv(H, HEADS) * HEADS
 
 
-def store_tokens(x_smem: Any, dead: Any, live: Any, x_gmem: Any, first: Any) -> None:
-    """Stores tokens dead .. live - 1 of a chunk, which begins at token `first`, to x_gmem
-    [T, heads].
+def store_tokens(x_smem: Any, live: Any, x_gmem: Any, first: Any) -> None:
+    """Stores the first `live` tokens of a chunk to x_gmem [T, heads], from token `first` on.
 
     TMA leaves out the heads that x_gmem lacks, but not of one token, which is contiguous memory
     (see store_rows): it is told how many there are.
@@ -86,7 +85,7 @@ def store_tokens(x_smem: Any, dead: Any, live: Any, x_gmem: Any, first: Any) -> 
     def target(lo: Any, n: int) -> Any:
         return x_gmem.at[pl.ds(first + lo, n), pl.ds(own, HEADS if n > 1 else some)]
 
-    store_rows(x_smem, dead, live, target)
+    store_rows(x_smem, live, target)
 
 
 def no_heads() -> jax.Array:
@@ -99,7 +98,7 @@ def _decay_attention_gates_kernel(
     g_gmem, *more, cu_gmem, gates_gmem, g_smem, i_smem, gates_smem, full = refs
     # --- 1. which tile
     p, heads = lax.axis_index("slot"), pl.ds(lax.axis_index("heads") * HEADS, HEADS)
-    _, first, dead, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
+    _, first, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
     rows = pl.ds(first, CHUNK)
     i_gmem = more.pop(0) if weighted else None  # [T, H]
     # Beyond T and H TMA fills with zeros.
@@ -115,7 +114,7 @@ def _decay_attention_gates_kernel(
 
     # --- 2. main loop
     def token(t: Any, b: jax.Array) -> jax.Array:
-        inside = (dead <= t) & (first + t < end)
+        inside = first + t < end
         g, u = load_lanes(g_smem, t) if always is None else always, zero + 1
         if steps is not None:
             u, _ = step_size(g, bias[0] if bias else None, *steps)
@@ -134,7 +133,7 @@ def _decay_attention_gates_kernel(
 
     # --- 4. store
     live = jnp.minimum(gates_gmem.shape[1] - heads.start, HEADS)
-    store_rows(gates_smem, 0, live, lambda lo, n: gates_gmem.at[p, pl.ds(heads.start + lo, n)])
+    store_rows(gates_smem, live, lambda lo, n: gates_gmem.at[p, pl.ds(heads.start + lo, n)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -145,7 +144,7 @@ def _decay_attention_gates_bwd_kernel(
     dgates_smem, gates_smem, dg_smem, di_smem, full = refs[-5:]
     # --- 1. which tile
     p, heads = lax.axis_index("slot"), pl.ds(lax.axis_index("heads") * HEADS, HEADS)
-    _, first, dead, end, begins, _ = find_span(cu_gmem, p, T, CHUNK)
+    _, first, end, begins, _ = find_span(cu_gmem, p, T, CHUNK)
     live = end - first
     plgpu.copy_gmem_to_smem(dgates_gmem.at[p, heads], dgates_smem, full.at[0])
     plgpu.barrier_wait(full.at[0])
@@ -158,7 +157,7 @@ def _decay_attention_gates_bwd_kernel(
         at = pl.ds(0, HEADS)
         dg = load_lanes(dgates_smem, at, t)
         if not entered:  # nothing decays at a first token: what is left of its sums is rounding
-            dg = jnp.where(begins & (t == dead), no_heads(), dg)
+            dg = jnp.where(begins & (t == 0), no_heads(), dg)
         if not constant:
             dg_smem[t] = dg
         if weighted:
@@ -167,7 +166,7 @@ def _decay_attention_gates_bwd_kernel(
             )
         return total + dg
 
-    total = lax.fori_loop(dead, live, token, no_heads())
+    total = lax.fori_loop(0, live, token, no_heads())
 
     # --- 3. epilogue
     plgpu.commit_smem()
@@ -176,9 +175,9 @@ def _decay_attention_gates_bwd_kernel(
     if constant:
         dg_gmem[p, heads] = total
     else:
-        store_tokens(dg_smem, dead, live, dg_gmem, first)
+        store_tokens(dg_smem, live, dg_gmem, first)
     if weighted:
-        store_tokens(di_smem, dead, live, di_gmem[0], first)
+        store_tokens(di_smem, live, di_gmem[0], first)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -99,17 +99,9 @@ def most_spans(T: int, B: int, span: int) -> int:
     return T // span + B
 
 
-def origin(start: Any) -> Any:
-    """Where the first chunk of a sequence from token `start` on begins: at a multiple of 8 tokens,
-    the rows of a piece of tiled shared memory, as TMA can fill it. Tokens before `start` are dead:
-    cleared, without a gate, and not stored."""
-    return start - lax.rem(start, 8)
-
-
-def find_span(cu_gmem: Any, p: Any, T: int, span: int) -> tuple[Any, Any, Any, Any, Any, Any]:
-    """(sequence, where its first chunk begins, how many of that chunk's tokens are dead, token past
-    the last, whether the sequence begins, whether it ends) of span p; without tokens, and neither
-    begins nor ends, if there is none."""
+def find_span(cu_gmem: Any, p: Any, T: int, span: int) -> tuple[Any, Any, Any, Any, Any]:
+    """(sequence, first token, token past the last, whether the sequence begins, whether it ends) of
+    span p; without tokens, and neither begins nor ends, if there is none."""
     B = cu_gmem.shape[0] - 1
 
     def bound(s: Any) -> Any:
@@ -118,7 +110,7 @@ def find_span(cu_gmem: Any, p: Any, T: int, span: int) -> tuple[Any, Any, Any, A
     def halve(_: Any, found: tuple[Any, Any]) -> tuple[Any, Any]:
         low, high = found  # the last sequence whose spans begin at p or before is one of these
         mid = lax.div(low + high + 1, 2)
-        before = lax.div(origin(bound(mid)), span) + mid <= p
+        before = lax.div(bound(mid), span) + mid <= p
         return jnp.where(before, mid, low), jnp.where(before, high, mid - 1)
 
     s = p
@@ -127,21 +119,18 @@ def find_span(cu_gmem: Any, p: Any, T: int, span: int) -> tuple[Any, Any, Any, A
         s = lax.fori_loop(0, (B - 1).bit_length(), halve, sequences)[0]
     start = bound(s)
     stop = jnp.maximum(bound(s + 1), start)
-    skipped = (p - (lax.div(origin(start), span) + s)) * span if span < T else 0
+    skipped = (p - (lax.div(start, span) + s)) * span if span < T else 0
     # before a sequence lies nothing but what a wrong cu_seqlens makes of it
-    nothing = (skipped < 0) | (start == stop)
-    first = jnp.where(nothing, stop, jnp.minimum(origin(start) + skipped, stop))
+    first = jnp.where(skipped < 0, stop, jnp.minimum(start + skipped, stop))
     end = jnp.minimum(first + span, stop)
     begins = skipped == 0
     exists = begins | (first < stop)
-    dead = jnp.maximum(start - first, 0)
-    return s, first, dead, end, exists & begins, exists & (end == stop)
+    return s, first, end, exists & begins, exists & (end == stop)
 
 
 def slot_of(s: Any, start: Any, first: Any) -> Any:
     """The slot of the chunk at token `first` of sequence s, which begins at token `start`."""
-    at = origin(start)
-    return lax.div(at, CHUNK) + s + lax.div(first - at, CHUNK)
+    return lax.div(start, CHUNK) + s + lax.div(first - start, CHUNK)
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -182,15 +171,14 @@ def load_gates(gates_smem: Any, which: int, layout: Any) -> jax.Array:
     return plgpu.load(at, layout=layout, optimized=False)
 
 
-def clear(smem: Any, dead: Any, live: Any) -> None:
-    """Zeros for the rows but dead .. live - 1: other sequences' tokens, and 0 * NaN is not 0."""
+def clear(smem: Any, live: Any) -> None:
+    """Zeros for the rows from `live` on, another sequence's tokens: 0 * NaN would not be 0."""
 
     @pl.loop(0, smem.shape[1] // 64)
     def _(i: Any) -> None:
         piece = smem.at[:, pl.ds(i * 64, 64)]
         rows = plgpu.load(piece, layout=LAYOUT)
-        row = iota(rows.shape, 0)
-        piece[...] = jnp.where((dead <= row) & (row < live), rows, jnp.zeros_like(rows))
+        piece[...] = jnp.where(iota(rows.shape, 0) < live, rows, jnp.zeros_like(rows))
 
 
 def meet(met: Any, warpgroups: int) -> None:
@@ -200,25 +188,24 @@ def meet(met: Any, warpgroups: int) -> None:
         plgpu.barrier_wait(met)
 
 
-def store_rows(y_smem: Any, dead: Any, live: Any, target: Callable[[Any, int], Any]) -> None:
-    """Stores rows dead .. live - 1: shapes of a copy are static, so one for each bit of their
-    number.
+def store_rows(y_smem: Any, live: Any, target: Callable[[Any, int], Any]) -> None:
+    """Stores the first `live` rows: shapes of a copy are static, so one for each bit of `live`.
 
     target(lo, n): where rows lo .. lo + n go, or their first columns. It lies inside the array if
     it is contiguous memory: Mosaic turns such a copy into a plain bulk copy, which does not end
     where the rows end but runs on into what comes next (jax 0.11.2; the interpreter clips it).
     """
-    lo, size, count = dead, y_smem.shape[0], live - dead
+    lo, size = 0, y_smem.shape[0]
     while size:
 
-        @pl.when((count & size) != 0)
+        @pl.when((live & size) != 0)
         def _(lo: Any = lo, size: int = size) -> None:
             rows, to = y_smem.at[pl.ds(lo, size)], target(lo, size)
             if to.shape[1] < y_smem.shape[1]:
                 rows = rows.at[:, pl.ds(0, to.shape[1])]
             plgpu.copy_smem_to_gmem(rows, to, commit_group=False)
 
-        lo += count & size
+        lo += live & size
         size //= 2
     plgpu.commit_smem_to_gmem_group()
 
@@ -309,7 +296,7 @@ def _decay_attention_states_kernel(
     # --- 1. which tile
     wg = lax.axis_index("wg")
     p = lax.axis_index("span")
-    s, first, unused, end, begins, ends = find_span(cu_gmem, p, T, span)
+    s, first, end, begins, ends = find_span(cu_gmem, p, T, span)
     start = jnp.clip(cu_gmem[s], 0, T)
     chunks = lax.div(end - first + CHUNK - 1, CHUNK)
     place = functools.partial(panel, warpgroups, heads=H // groups, block_v=block_v, V=V)
@@ -339,13 +326,13 @@ def _decay_attention_states_kernel(
         S, total = carry
         slot = walk.enter(c)
         t = token(c)
-        dead, live = jnp.where(t == first, unused, 0), jnp.minimum(end - t, CHUNK)
+        live = jnp.minimum(end - t, CHUNK)
         x_tile, y_tile, gates = x_smem.at[slot], y_smem.at[slot, wg], gates_smem.at[slot, wg]
 
-        @pl.when(live - dead < CHUNK)
+        @pl.when(live < CHUNK)
         def _() -> None:
-            pl.when(wg == 0)(lambda: clear(x_tile, dead, live))
-            clear(y_tile, dead, live)
+            pl.when(wg == 0)(lambda: clear(x_tile, live))
+            clear(y_tile, live)
             plgpu.commit_smem()
             meet(met, warpgroups)
 
@@ -404,9 +391,8 @@ def _decay_attention_scan_kernel(
     v = pl.ds(lax.axis_index("panel") * 64, 64)
     start = jnp.clip(cu_gmem[s], 0, T)
     stop = jnp.clip(cu_gmem[s + 1], start, T)
-    at = origin(start)
-    p = lax.div(at, span) + s
-    spans = jnp.where(start < stop, lax.div(stop - at + span - 1, span), 1)
+    p = lax.div(start, span) + s
+    spans = jnp.maximum(lax.div(stop - start + span - 1, span), 1)
     S = filled((added_gmem.shape[2], 64), 0.0)
     if given:
         S = load_state(S0_gmem[0], s, h, v, transposed)

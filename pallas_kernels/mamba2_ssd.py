@@ -99,7 +99,7 @@ def _mamba2_ssd_dt_kernel(*refs: Any, T: int, softplus: bool, low: float, high: 
     dt_smem, dgates_smem, ddt_smem, full = refs[-4:]
     # --- 1. which tile
     p, heads = lax.axis_index("slot"), pl.ds(lax.axis_index("heads") * HEADS, HEADS)
-    _, first, dead, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
+    _, first, end, _, _ = find_span(cu_gmem, p, T, CHUNK)
     live = end - first
     plgpu.copy_gmem_to_smem(dt_gmem.at[pl.ds(first, CHUNK), heads], dt_smem, full)
     plgpu.copy_gmem_to_smem(dgates_gmem.at[p, heads], dgates_smem, full)
@@ -116,13 +116,13 @@ def _mamba2_ssd_dt_kernel(*refs: Any, T: int, softplus: bool, low: float, high: 
         return sums[0] + u * dg, sums[1] + ddt
 
     # --- 3. epilogue
-    sums = lax.fori_loop(dead, live, token, (no_heads(), no_heads()))
+    sums = lax.fori_loop(0, live, token, (no_heads(), no_heads()))
     plgpu.commit_smem()
 
     # --- 4. store
     for i in range(2):
         sums_gmem[p, i, heads] = sums[i]
-    store_tokens(ddt_smem, dead, live, ddt_gmem, first)
+    store_tokens(ddt_smem, live, ddt_gmem, first)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -15,8 +15,6 @@ and `install` adds:
                         it computes
     plain_store         a store to contiguous memory may not run on beyond its row: on a GPU it is a
                         plain bulk copy, which only the array's end clips
-    tiled_load          a load into tiled shared memory begins at a whole tile of its source: on a
-                        GPU TMA splits the source into tiles, and takes a last row for missing
     nan_maximum         the maximum or minimum of 4096 elements and more: XLA's on a CPU forgets
                         NaN, where a GPU's are max.NaN and min.NaN
     wgmma_races         the race detector sees what wgmma reads, and that it reads until wgmma_wait
@@ -61,7 +59,7 @@ _PRIVATE = {
     "state": ("jax._src.state.types", ("AbstractRef", "ReshapeTransform", "TransformedRef")),
     "stores": ("jax._src.state.primitives", ("swap_p",)),
     "discharge": ("jax._src.state.discharge", ("run_state_p",)),
-    "spaces": (f"{_ROOT}.core", ("MemorySpace", "UnswizzleRef", "UntilingTransform")),
+    "spaces": (f"{_ROOT}.core", ("MemorySpace", "UnswizzleRef")),
     "primitives": (
         f"{_ROOT}.primitives",
         (
@@ -87,7 +85,6 @@ _PRIVATE = {
             "call_get",
             "call_make_allocation_request_array",
             "call_swap",
-            "copy_gmem_to_smem",
             "copy_smem_to_gmem",
             "fail_on_exception",
             "get_races",
@@ -166,7 +163,6 @@ def _stock() -> dict[tuple[Any, str], Any]:
         (interpreter, "interpret"): interpreter.interpret,
         (interpreter, "_interpret_copy_smem_to_gmem_p"): interpreter._interpret_copy_smem_to_gmem_p,
         (shared, "assert_no_barriers_allocated"): shared.assert_no_barriers_allocated,
-        (J.calls, "copy_gmem_to_smem"): J.calls.copy_gmem_to_smem,
         (J.calls, "copy_smem_to_gmem"): J.calls.copy_smem_to_gmem,
         (J.calls, "wgmma"): J.calls.wgmma,
         (J.calls, "wgmma_accumulator_deref"): J.calls.wgmma_accumulator_deref,
@@ -185,7 +181,6 @@ def _replacements() -> dict[tuple[Any, str], Any]:
         (interpreter, "interpret"): _interpret,
         (interpreter, "_interpret_copy_smem_to_gmem_p"): _copy_smem_to_gmem,
         (J.memory.GPUSharedMemory, "assert_no_barriers_allocated"): _assert_no_barriers_allocated,
-        (J.calls, "copy_gmem_to_smem"): guard(_tma_load),
         (J.calls, "copy_smem_to_gmem"): guard(_tma_store),
         (J.calls, "wgmma"): guard(_wgmma),
         (J.calls, "wgmma_accumulator_deref"): guard(_wgmma_accumulator_deref),
@@ -764,22 +759,6 @@ def _check_plain_store(copy: dict[str, Any]) -> None:
         )
 
 
-def _tma_load(*, src_transforms: Any, dst_transforms: Any, **rest: Any) -> Any:
-    """Raises IndexError where tiles of the source do not begin as those of the target do."""
-    tilings = [t.tiling for t in dst_transforms if isinstance(t, _jax().spaces.UntilingTransform)]
-    if tilings:
-        shared, key = _jax().calls._get_shared_memory(), rest["src_allocation_key_as_array"]
-        _, read = _operand(shared, key, src_transforms)
-        starts = [r.start for r in read.range if isinstance(r, slice)][-len(tilings[-1]) :]
-        if any(start % size for start, size in zip(starts, tilings[-1], strict=True)):
-            raise IndexError(
-                f"copy_gmem_to_smem from {starts} into tiles of {list(tilings[-1])}: a GPU would "
-                "take the last rows or columns of each tile for missing"
-            )
-    stock = _stock()[_jax().calls, "copy_gmem_to_smem"]
-    return stock(src_transforms=src_transforms, dst_transforms=dst_transforms, **rest)
-
-
 def _tma_store(
     *, token: Any, thread: Any, reduction_op: str | None, source_info: Any = None, **rest: Any
 ) -> Any:
@@ -922,13 +901,6 @@ def _plain_store_body(x: Any, y: Any, y_smem: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _tiled_load_body(x: Any, y: Any, x_smem: Any, barrier: Any) -> None:
-    start = (x[0, 0] * 0).astype(jnp.int32) + 3
-    plgpu.copy_gmem_to_smem(x.at[pl.ds(start, 64)], x_smem, barrier)
-    plgpu.barrier_wait(barrier)
-    y[...] = x_smem[...].astype(jnp.float32)
-
-
 def _tma_reduction_body(x: Any, y: Any, y_smem: Any) -> None:
     y_smem[...] = x[...].astype(jnp.float32)
     plgpu.commit_smem()
@@ -990,11 +962,6 @@ def probe_kernels() -> dict[str, Callable[[jax.Array], jax.Array]]:
         "atomics": _kernel(_atomics_body),
         "tma_reduction": _kernel(_tma_reduction_body, plgpu.SMEM((64, 64), jnp.float32)),
         "plain_store": _kernel(_plain_store_body, plgpu.SMEM((1, 128), jnp.float32)),
-        "tiled_load": _kernel(
-            _tiled_load_body,
-            plgpu.SMEM((64, 64), jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)),)),
-            plgpu.Barrier(),
-        ),
         "dependent_launch": _kernel(_dependent_launch_body),
         "inline_code": _kernel(_inline_code_body),
         "nan_maximum": _kernel(_nan_maximum_body),
@@ -1031,7 +998,7 @@ def _probe(name: str, kernel: Callable[[jax.Array], jax.Array]) -> Probe:
             return Probe(name, False, "a maximum forgot NaN")
         if detect and not races():
             return Probe(name, False, "no race reported")
-        if name in ("plain_store", "tiled_load"):
+        if name == "plain_store":
             return Probe(name, False, "no error reported")
     except Exception as error:
         _jax().calls.reset_gpu_interpret_mode_state()
